@@ -61,7 +61,10 @@ def make_config(kind, values: Mapping, origin: str):
     required = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [name for name in required if name not in values]:
         raise ValueError(f"{origin}: {kind.__name__} needs {', '.join(missing)}")
-    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    try:
+        return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
 
 
 # ---------------------------------------------------------------- reading
@@ -81,18 +84,19 @@ class Checkpoint:
 
     path:       a .safetensors file; or a folder with *.safetensors.index.json and its shards; or a folder with one .safetensors file
     subfolders: names tried below a folder, so that the root of a released repository works as well ("transformer", "vae")
+    wanted:     prefixes; only names of the index that start with one are opened, and a shard that holds none may be absent
     config:     config.json beside the weights, else the "config" entry of the file's metadata, else {}
     Raises ValueError naming the file for anything that is not there or cannot be read.
     """
 
-    def __init__(self, path: str | Path, subfolders: Iterable[str] = ()):
+    def __init__(self, path: str | Path, subfolders: Iterable[str] = (), wanted: Iterable[str] = ("",)):
         self.path = Path(path)
         for name in subfolders:
             if (self.path / name).is_dir():
                 self.path = self.path / name
         self._handle = {}                                        # tensor name -> (open file, name in that file)
         self.metadata: dict[str, str] = {}
-        for file, expected in self._files().items():
+        for file, expected in self._files(tuple(wanted)).items():
             handle = self._open(file)
             self.metadata |= handle.metadata() or {}
             names = list(handle.keys())
@@ -101,7 +105,7 @@ class Checkpoint:
             self._handle |= {name: (handle, name) for name in (expected or names)}
         self.config = self._read_config()
 
-    def _files(self) -> dict[Path, list[str] | None]:
+    def _files(self, wanted: tuple[str, ...]) -> dict[Path, list[str] | None]:
         """The files to open, each with the names that the index expects in it (None: whatever it holds)."""
         if self.path.is_file():
             return {self.path: None}
@@ -109,12 +113,15 @@ class Checkpoint:
             raise ValueError(f"{self.path}: no such file or folder; expected a .safetensors file or a folder that holds one")
         indexes, files = sorted(self.path.glob("*.safetensors.index.json")), sorted(self.path.glob("*.safetensors"))
         if len(indexes) == 1:
-            weight_map = self._json(indexes[0]).get("weight_map")
-            if not isinstance(weight_map, dict):
+            weight_map = self._json(indexes[0].read_bytes(), str(indexes[0])).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
                 raise ValueError(f"{indexes[0]}: no 'weight_map'; expected the index of a sharded checkpoint")
             shards = {}
             for name, file in weight_map.items():
-                shards.setdefault(self.path / file, []).append(name)
+                if name.startswith(wanted):
+                    shards.setdefault(self.path / file, []).append(name)
+            if not shards:
+                raise ValueError(f"{indexes[0]}: no tensor in its 'weight_map' starts with {' or '.join(wanted)}")
             if absent := [f for f in shards if not f.is_file()]:
                 raise ValueError(f"{absent[0]}: this shard is missing, {indexes[0].name} names it; download it again")
             return shards
@@ -124,11 +131,14 @@ class Checkpoint:
         return {files[0]: None}
 
     @staticmethod
-    def _json(file: Path) -> dict:
+    def _json(text: bytes | str, origin: str) -> dict:
         try:
-            return json.loads(file.read_text())
+            content = json.loads(text)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: not valid JSON ({error})") from error
+            raise ValueError(f"{origin}: not valid JSON ({error})") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{origin}: expected a JSON object, found {content!r:.80}")
+        return content
 
     @staticmethod
     def _open(file: Path):
@@ -141,12 +151,9 @@ class Checkpoint:
     def _read_config(self) -> dict:
         beside = self.path / "config.json"
         if beside.is_file():
-            return self._json(beside)
+            return self._json(beside.read_bytes(), str(beside))
         if "config" in self.metadata:
-            try:
-                return json.loads(self.metadata["config"])
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{self.path}: the 'config' in its metadata is not valid JSON ({error})") from error
+            return self._json(self.metadata["config"], f"{self.path}: the 'config' in its metadata")
         return {}
 
     def under(self, *prefixes: str) -> "Checkpoint":
