@@ -96,7 +96,7 @@ def total_loss(image: Tensor, text: Tensor, cross: Tensor | float = 0.0, intrins
 if __name__ == "__main__":
     torch.manual_seed(0)
     x, e, v = torch.randn(3, 4, 16, 8, 8)
-    ids, masked, probability = torch.randint(0, 40, (4, 12)), torch.rand(4, 12) < 0.5, torch.full((4,), 0.5)
+    ids, masked, probability = torch.randint(0, 39, (4, 12)), torch.rand(4, 12) < 0.5, torch.full((4,), 0.5)
     print("(1) flow matching", flow_matching_loss(v, e, x).item())
     print("(2) masked tokens", masked_token_loss(torch.randn(4, 12, 40), ids, masked, probability).item())
     print("(3) contrastive  ", contrastive_loss(torch.randn(4, 16, 32), torch.randn(4, 12, 32)).item())
