@@ -1,0 +1,302 @@
+"""Sampling: pictures by flow matching, text by masked diffusion, and the command line for both (UniAlignment, arXiv 2509.23760, section 3).
+
+    python sample.py "a large red circle at the top left on a gray background"      draw a prompt (several prompts: several pictures)
+    python sample.py --describe picture.png                                         caption pictures
+    python sample.py --help                                                         everything else, and real checkpoints
+
+One loop integrates every picture, one loop fills in every text; what a task is, only its inputs say.
+"""
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import make_config
+from data import load_image, to_pictures
+from model import MMDiT
+from text_encoder import T5Encoder, T5Tokenizer
+from vae import VAE
+
+
+# ---------------------------------------------------------------- pictures
+
+def flow_sigmas(steps: int, shift: float = 3.0) -> Tensor:
+    """The noise levels of `steps` Euler steps, (steps + 1,) float32 from 1 to 0.
+
+    Copied from the public SD3 scheduler, which applies the shift s -> shift s / (1 + (shift - 1) s) twice: once to the ends of
+    the range (1 and 1/1000), once to the even steps between them. So the last step is a short one.
+    """
+    if steps < 1 or shift <= 0:
+        raise ValueError(f"steps = {steps}, shift = {shift}; expected at least one step and a positive shift")
+
+    def shifted(s: Tensor) -> Tensor:
+        return shift * s / (1 + (shift - 1) * s)
+
+    first, last = shifted(torch.tensor([1.0, 1e-3], dtype=torch.float64)).tolist()
+    sigmas = shifted(torch.linspace(first, last, steps, dtype=torch.float64))                 # (steps,)
+    return torch.cat([sigmas, sigmas.new_zeros(1)]).float()                                   # (steps + 1,)
+
+
+@torch.no_grad()
+def generate(model: MMDiT, noise: Tensor, text: Tensor, empty_text: Tensor, steps: int = 28, guidance: float = 7.0,
+             shift: float = 3.0, references: Sequence[Tensor] = (), progress: bool = False) -> Tensor:
+    """Integrate dx = v dsigma from noise to latents (Euler), with classifier-free guidance; (B, C, H, W) float32.
+
+    noise (B, C, H, W); text (B, L, D) of the prompts and empty_text (B, L, D) or (1, L, D) of the empty prompt, both from T5;
+    guidance g: v = v_empty + g (v_text - v_empty), both in one batch; 1 leaves the empty half out. references: clean latents
+    (B, C, H', W') of source pictures, seen by both halves.
+    """
+    x, guided = noise.float(), guidance != 1
+    if guided:
+        text = torch.cat([empty_text.expand_as(text), text])                                  # (2B, L, D)
+        references = [torch.cat([r, r]) for r in references]                                  # each (2B, C, H', W')
+    sigmas = flow_sigmas(steps, shift).to(x.device)
+    for sigma, following in tqdm(list(zip(sigmas[:-1], sigmas[1:])), desc="drawing", unit="step", disable=not progress):
+        latents = torch.cat([x, x]) if guided else x                                          # (2B, C, H, W)
+        timestep = (1000 * sigma).expand(len(latents))                                        # (2B,)
+        v = model(latents.to(text.dtype), text, timestep, references, want=("velocity",)).velocity.float()
+        if guided:
+            v_empty, v_text = v.chunk(2)                                                      # (B, C, H, W) each
+            v = v_empty + guidance * (v_text - v_empty)                                       # (B, C, H, W)
+        x = x + (following - sigma) * v                                                       # (B, C, H, W)
+    return x
+
+
+# ---------------------------------------------------------------- text
+
+def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """A token for every position and the model's probability of it; both (B, L). The mask token is the last class and never drawn.
+
+    The Gumbel noise is in float64: in float32 it cuts off the tail, which lowers the temperature unseen (arXiv 2409.02908).
+    """
+    logits = logits[..., :-1].double()                                                        # (B, L, vocab - 1)
+    noisy = logits
+    if temperature > 0:
+        uniform = torch.rand(logits.shape, dtype=torch.float64, device=logits.device, generator=generator)
+        noisy = logits / temperature - (-uniform.clamp_min(1e-300).log()).log()               # (B, L, vocab - 1)
+    tokens = noisy.argmax(dim=-1)                                                             # (B, L)
+    return tokens, logits.softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]               # (B, L), (B, L)
+
+
+@torch.no_grad()
+def describe(model: MMDiT, text_encoder: Callable[[Tensor], Tensor], latents: Tensor | None, tokens: Tensor, mask_id: int,
+             steps: int = 16, order: str = "confidence", temperature: float = 0.0,
+             generator: torch.Generator | None = None, progress: bool = False) -> Tensor:
+    """Fill in the masked tokens of a text about clean pictures; ids (B, L).
+
+    latents (B, C, H, W), or None for text alone; tokens (B, L): `mask_id` where the text is wanted, anything else (a question)
+    stays. order: "confidence" reveals the most probable tokens first, equally many in each step; "ancestral" is the released
+    sampler, the reversed diffusion: t goes from 1 to 1e-5, and each masked token is revealed with probability (t - s) / t.
+    temperature: 0 takes the most probable token, 1 draws from the model's distribution.
+    """
+    if order not in ("confidence", "ancestral") or steps < 1 or temperature < 0:
+        raise ValueError(f"order = {order!r}, steps = {steps}, temperature = {temperature}; expected 'confidence' or 'ancestral', "
+                         "at least one step and a temperature of at least 0")
+    tokens, timestep = tokens.clone(), torch.zeros(len(tokens), device=tokens.device)
+    t = torch.linspace(1, 1e-5, steps + 1, dtype=torch.float64).tolist()
+    wanted, logits = (tokens == mask_id).sum(dim=1), None                                     # (B,)
+    for i in tqdm(range(steps + 1), desc="writing", unit="step", disable=not progress):
+        masked = tokens == mask_id                                                            # (B, L)
+        if not masked.any():
+            break
+        if logits is None:                                      # where nothing was revealed, the last prediction still holds
+            logits = model(latents, text_encoder(tokens), timestep, want=("logits",)).logits  # (B, L, vocab)
+        drawn, probability = _draw(logits, temperature if i < steps else 0, generator)        # (B, L), (B, L)
+        if i == steps:
+            reveal = masked
+        elif order == "ancestral":
+            chance = torch.rand(tokens.shape, dtype=torch.float64, device=tokens.device, generator=generator)
+            reveal = masked & (chance < (t[i] - t[i + 1]) / t[i])                             # (B, L)
+        else:
+            target = wanted * (i + 1) // steps - (wanted - masked.sum(dim=1))                 # (B,) how many to reveal now
+            rank = probability.masked_fill(~masked, -1).argsort(dim=1, descending=True).argsort(dim=1)
+            reveal = masked & (rank < target[:, None])                                        # (B, L)
+        if reveal.any():
+            tokens, logits = torch.where(reveal, drawn, tokens), None                         # (B, L)
+    return tokens
+
+
+# ---------------------------------------------------------------- everything that is needed to sample
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """What a model was trained for and how it is sampled by default; the defaults are those of the released 512-pixel model."""
+    image_size: int = 512
+    text_length: int = 256
+    padding_id: int = 1             # </s> for dual checkpoints, 0 for plain SD3
+    steps: int = 28                 # Euler steps of a picture
+    guidance: float = 7.0
+    shift: float = 3.0
+    text_steps: int = 64
+
+
+@dataclass
+class Pipeline:
+    """Tokenizer, text encoder, autoencoder and transformer, with methods from texts to pictures and back."""
+    tokenizer: T5Tokenizer
+    text_encoder: T5Encoder
+    vae: VAE
+    model: MMDiT
+    settings: SampleSettings
+
+    @classmethod
+    def from_run(cls, run: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> "Pipeline":
+        """The newest checkpoint (averaged weights) of a training run. Raises ValueError where something is missing."""
+        run = Path(run)
+        checkpoints = sorted(run.glob("checkpoint-*/ema.safetensors"))
+        if not checkpoints or not (run / "run.json").is_file():
+            raise ValueError(f"{run}: holds no trained model; train one with python train.py, or name the parts of a released one "
+                             "(--model, --vae, --t5, --tokenizer)")
+        settings = make_config(SampleSettings, json.loads((run / "run.json").read_text())["sampling"], str(run / "run.json"))
+        return cls(T5Tokenizer(run / "tokenizer.model", padding_id=settings.padding_id),
+                   T5Encoder.from_pretrained(run / "text_encoder.safetensors", dtype=dtype, device=device).eval(),
+                   VAE.from_pretrained(run / "vae.safetensors", dtype=dtype, device=device).eval(),
+                   MMDiT.from_pretrained(checkpoints[-1], dtype=dtype, device=device).eval(), settings)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.pos_embed.device
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        return self.text_encoder(ids.to(self.device)).to(self.model.pos_embed.dtype)          # (B, L, D)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> clean latents (B, C, h, w)."""
+        return self.vae.encode(images.to(self.device)).to(self.model.pos_embed.dtype)
+
+    @torch.no_grad()
+    def draw(self, prompts: Sequence[str], seed: int = 0, steps: int | None = None, guidance: float | None = None,
+             references: Sequence[Tensor] = (), progress: bool = False) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] of the prompts. Picture i depends on its prompt and on seed + i alone."""
+        s, side = self.settings, self.settings.image_size // self.vae.downscale
+        noise = torch.stack([torch.randn(self.model.config.latent_channels, side, side,
+                                         generator=torch.Generator().manual_seed(seed + i)) for i in range(len(prompts))])
+        texts = self.encode_text(self.tokenizer([*prompts, ""], length=s.text_length))        # (B + 1, L, D)
+        latents = generate(self.model, noise.to(self.device), texts[:-1], texts[-1:], s.steps if steps is None else steps,
+                           s.guidance if guidance is None else guidance, s.shift, references, progress)
+        return self.vae.decode(latents.to(texts.dtype)).float().clamp(-1, 1)                  # (B, 3, H, W)
+
+    def caption(self, images: Tensor, seed: int = 0, steps: int | None = None, order: str = "confidence",
+                temperature: float = 0.0, progress: bool = False) -> list[str]:
+        """Captions of images (B, 3, H, W) in [-1, 1]."""
+        s, mask_id = self.settings, self.tokenizer.mask_id
+        tokens = torch.full((len(images), s.text_length), mask_id, device=self.device)        # (B, L)
+        ids = describe(self.model, self.encode_text, self.encode_images(images), tokens, mask_id,
+                       s.text_steps if steps is None else steps, order, temperature,
+                       torch.Generator(self.device).manual_seed(seed), progress)
+        return self.tokenizer.decode(ids)
+
+    def warnings(self, prompt: str) -> list[str]:
+        """What about a prompt the model cannot see: words its tokenizer does not know, and what is too long."""
+        ids, length = self.tokenizer.encode(prompt), self.settings.text_length
+        found = [f"{len(ids)} tokens, the model reads {length}: the end is cut off"] * (len(ids) > length)
+        unknown = [w for w in prompt.split() if self.tokenizer.unk_id in self.tokenizer.encode(w)]
+        return found + [f"not in the model's vocabulary: {', '.join(unknown)}"] * bool(unknown)
+
+
+# ---------------------------------------------------------------- command line
+
+def save_picture(picture, path: Path, **metadata) -> None:
+    """An (H, W, 3) uint8 array as PNG, prompt and settings in its text chunks."""
+    info = PngInfo()
+    for key, value in metadata.items():
+        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path, pnginfo=info)
+
+
+def _free_names(folder: Path, count: int) -> list[Path]:
+    """The next `count` numbered PNG names in a folder; nothing is overwritten."""
+    used = [int(f.stem) for f in folder.glob("*.png") if f.stem.isdigit()]
+    return [folder / f"{max(used, default=0) + 1 + i:04d}.png" for i in range(count)]
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""examples:
+  python sample.py "a small green triangle at the center on a black background" --seed 3 --out triangle.png
+  python sample.py --prompts prompts.txt --out pictures/          one prompt a line, all in one batch
+  python sample.py --describe a.png b.png --order ancestral --temperature 1
+  python sample.py "a photo of a cat" --model UniAlignment/transformer --vae sd3/vae --t5 sd3/text_encoder_3 --tokenizer spiece.model
+  python sample.py "a photo of a cat" --model sd3_medium_incl_clips_t5xxlfp8.safetensors --tokenizer spiece.model --padding-id 0""")
+    p.add_argument("prompt", nargs="*", help="texts to draw, one picture each")
+    p.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with one prompt a line")
+    p.add_argument("--describe", nargs="+", type=Path, metavar="PICTURE", help="caption these pictures instead of drawing")
+    p.add_argument("--out", type=Path, default=Path("pictures"), help="a .png (one prompt) or a folder that gets numbered files (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="the same seed gives the same result (default: %(default)s)")
+    p.add_argument("--steps", type=int, help="Euler steps of a picture, or steps of filling in a text")
+    p.add_argument("--guidance", type=float, help="weight of the prompt; 1 is none and twice as fast")
+    p.add_argument("--order", choices=("confidence", "ancestral"), default="confidence", help="which tokens of a text come first (default: %(default)s)")
+    p.add_argument("--temperature", type=float, default=0.0, help="of the text; 0: the most probable tokens (default: %(default)s)")
+    p.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of a training run (default: %(default)s)")
+    real = p.add_argument_group("released weights, in place of --run; a part that is not named is looked for in --model")
+    real.add_argument("--model", type=Path, help="MM-DiT: a file or folder, any layout")
+    real.add_argument("--vae", type=Path, help="autoencoder")
+    real.add_argument("--t5", type=Path, help="T5 v1.1 XXL encoder")
+    real.add_argument("--tokenizer", type=Path, help="T5's spiece.model")
+    real.add_argument("--mask-token", type=Path, help="the .pth with the trained mask embedding")
+    real.add_argument("--padding-id", type=int, default=1, choices=(0, 1), help="1 for dual checkpoints, 0 for plain SD3 (default: %(default)s)")
+    real.add_argument("--image-size", type=int, default=512, help="pixels (default: %(default)s)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of all weights (default: float32 on CPU, bfloat16 on GPU)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    a = p.parse_args(argv)
+    if a.prompts:
+        if not a.prompts.is_file():
+            p.error(f"{a.prompts}: no such file")
+        a.prompt += [line.strip() for line in a.prompts.read_text().splitlines() if line.strip()]
+    if bool(a.prompt) == bool(a.describe):
+        p.error("give texts to draw, or --describe and pictures; see --help for examples")
+    if a.model and not a.tokenizer:
+        p.error("--model needs --tokenizer, T5's spiece.model")
+    if a.out.suffix == ".png" and len(a.prompt) > 1:
+        p.error(f"--out {a.out} is one picture for {len(a.prompt)} prompts; name a folder")
+    if a.out.suffix == ".png" and a.out.exists() and a.prompt:
+        p.error(f"{a.out} exists; nothing is overwritten, choose another name")
+    return a
+
+
+def _load(a: argparse.Namespace) -> Pipeline:
+    dtype = getattr(torch, a.dtype or ("float32" if a.device == "cpu" else "bfloat16"))
+    if not a.model:
+        return Pipeline.from_run(a.run, dtype, a.device)
+    settings = SampleSettings(image_size=a.image_size, padding_id=a.padding_id)
+    return Pipeline(T5Tokenizer(a.tokenizer, padding_id=a.padding_id),
+                    T5Encoder.from_pretrained(a.t5 or a.model, mask_token=a.mask_token, dtype=dtype, device=a.device).eval(),
+                    VAE.from_pretrained(a.vae or a.model, dtype=dtype, device=a.device).eval(),
+                    MMDiT.from_pretrained(a.model, dtype=dtype, device=a.device).eval(), settings)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    a = _arguments(argv)
+    try:
+        pipeline = _load(a)
+        if a.describe:
+            pictures = torch.stack([load_image(path, pipeline.settings.image_size) for path in a.describe])
+            captions = pipeline.caption(pictures, a.seed, a.steps, a.order, a.temperature, progress=True)
+            for path, text in zip(a.describe, captions):
+                print(f"{path}\t{text}")
+            return
+        for prompt in a.prompt:
+            for warning in pipeline.warnings(prompt):
+                print(f"warning: {prompt!r}: {warning}", file=sys.stderr)
+        pictures = to_pictures(pipeline.draw(a.prompt, a.seed, a.steps, a.guidance, progress=True))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    names = [a.out] if a.out.suffix == ".png" else _free_names(a.out, len(pictures))
+    for i, (picture, prompt, name) in enumerate(zip(pictures, a.prompt, names)):
+        settings = {"seed": a.seed + i, "steps": a.steps or pipeline.settings.steps, "shift": pipeline.settings.shift,
+                    "guidance": pipeline.settings.guidance if a.guidance is None else a.guidance, "model": str(a.model or a.run)}
+        save_picture(picture, name, prompt=prompt, settings=settings)
+        print(f"{name}\t{prompt}")
+
+
+if __name__ == "__main__":
+    main()
