@@ -215,8 +215,8 @@ def load(module: nn.Module, checkpoint: Checkpoint, sources: Mapping[str, Source
         found = [checkpoint.shape(n) for n in source.names]
         try:
             shape = source.combine(*(torch.empty(s, device="meta") for s in found)).shape
-        except (RuntimeError, ValueError) as error:
-            shape = f"parts that do not fit together ({error})"
+        except (RuntimeError, ValueError):                       # the parts do not fit together
+            shape = None
         if shape != target.shape:
             problems.append(f"wrong shape: {', '.join(f'{n} {s}' for n, s in zip(source.names, found))}, "
                             f"expected {tuple(target.shape)} for {name}")
