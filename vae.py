@@ -214,9 +214,9 @@ def fields_of(checkpoint: Checkpoint) -> dict:
         return next(i for i in itertools.count() if file_name(pattern.format(i)) not in checkpoint)
 
     fields = {
-        "latent_channels": checkpoint.shape("decoder.conv_in.weight")[1],
         "block_channels": tuple(checkpoint.shape(file_name(f"encoder.levels.{i}.blocks.0.conv1.weight"))[0]
                                 for i in range(count("encoder.levels.{}.blocks.0.conv1.weight"))),
+        "latent_channels": checkpoint.shape("decoder.conv_in.weight")[1],
         "layers_per_block": count("encoder.levels.0.blocks.{}.conv1.weight"),
         "mid_attention": file_name("encoder.mid.attention.norm.weight") in checkpoint,
         "stem": math.isqrt(checkpoint.shape("encoder.conv_in.weight")[1] // 3),
@@ -293,7 +293,8 @@ class VAE(nn.Module):
         return load(vae, checkpoint, {name: source_of(name, checkpoint) for name in vae.state_dict()}, dtype=dtype, device=device)
 
 
-def _reconstruct(checkpoint: str, picture: str, out: str | None = None) -> None:
+def reconstruct(checkpoint: str, picture: str, out: str | None = None) -> None:
+    """Encode and decode a picture (cropped to whole latent pixels), print the PSNR, write the result to `out`."""
     vae = VAE.from_pretrained(checkpoint)
     pixels = torch.from_numpy(np.array(Image.open(picture).convert("RGB"))).permute(2, 0, 1)            # (3, H, W)
     height, width = (side - side % vae.downscale for side in pixels.shape[1:])
@@ -308,4 +309,4 @@ def _reconstruct(checkpoint: str, picture: str, out: str | None = None) -> None:
 if __name__ == "__main__":
     if len(sys.argv) not in (3, 4):
         sys.exit(__doc__)
-    _reconstruct(*sys.argv[1:])
+    reconstruct(*sys.argv[1:])
