@@ -126,7 +126,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # T5's residual stream grows into the thousands, where bfloat16 loses the sum of squares.
+        # T5's residual stream grows large, and a sum of thousands of squares is lost in bfloat16's 8 bits.
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
@@ -302,7 +302,7 @@ class T5Encoder(nn.Module):
         load(encoder, checkpoint, sources, dtype=dtype, device=device)
         if mask_token is not None:
             if config.mask_id >= config.vocab_size:
-                raise ValueError(f"{checkpoint.path}: an embedding of {config.vocab_size} rows has no row mask_id = {config.mask_id}")
+                raise ValueError(f"{checkpoint.path}: mask_id = {config.mask_id}, but the embedding has {config.vocab_size} rows")
             vector = read_mask_token(mask_token, config.dim)
             encoder.embedding.weight.data[config.mask_id] = vector.to(encoder.embedding.weight)
         return encoder
