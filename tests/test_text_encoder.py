@@ -1,0 +1,330 @@
+"""text_encoder.py against the public reference implementation, in every layout, at full size without weights, on bad input."""
+import json
+import pickle
+import re
+
+import pytest
+import sentencepiece
+import torch
+from conftest import TESTS, golden, manifest, parameter_count, write_shards, write_sparse
+from safetensors.torch import save_file
+
+from checkpoint import save
+from text_encoder import T5Config, T5Encoder, T5Tokenizer, relative_buckets
+
+SPIECE = TESTS / "golden" / "t5_spiece.model"
+CASES = json.loads((TESTS / "golden" / "t5_tokens.json").read_text())["cases"]
+TINY = T5Config(vocab_size=150, dim=128, head_dim=32, ff_dim=256, depth=2, num_heads=4)
+PREFIX = "text_encoders.t5xxl.transformer."
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return T5Tokenizer(SPIECE)
+
+
+# ---------------------------------------------------------------- tokenizer
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: repr(case["text"][:24]))
+def test_ids_of_real_prompts(tok, case):
+    assert tok.encode(case["text"]) == case["ids"]
+
+
+def test_special_ids(tok):
+    assert (tok.vocab_size, tok.mask_id, tok.pad_id, tok.eos_id, tok.unk_id) == (32100, 32099, 0, 1, 2)
+    assert T5Tokenizer(SPIECE, sentinels=5).mask_id == 32004
+
+
+def test_sentinels_in_a_text(tok):
+    cat, dog = tok.encode("a cat")[:-1], tok.encode("dog")[:-1]
+    assert tok.encode("<extra_id_0>") == [32099, 1]
+    assert tok.encode("a cat <extra_id_0> dog<extra_id_99>") == cat + [32099] + dog + [32000, 1]
+    for text in ("<extra_id_100>", "<extra_id_07>", "<extra_id_>"):
+        assert max(tok.encode(text)) < 32000
+
+
+def test_batch_is_padded_and_cut(tok):
+    ids = tok(["a cat", "", "a cat on a mat in a hat"], length=6)
+    cat, long = tok.encode("a cat"), tok.encode("a cat on a mat in a hat")
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == [cat + [1] * (6 - len(cat)), [1] * 6, long[:5] + [1]]
+    assert T5Tokenizer(SPIECE, padding_id=0)(["a cat"], length=6).tolist() == [cat + [0] * (6 - len(cat))]
+    assert tok(["a cat"]).shape == (1, 256) and tok([], length=8).shape == (0, 8)
+    assert tok(["a cat"], length=len(cat)).tolist() == [cat] and tok(["a cat"], length=1).tolist() == [[1]]
+
+
+def test_decode(tok):
+    texts = ["A photo of a cat.", "", "two dogs, 3 cups"]
+    assert tok.decode(tok(texts, length=20)) == texts
+    cat, dog = tok.encode("a cat")[:-1], tok.encode("dog")
+    assert tok.decode([[0, 32099, *cat, 0, 32000, *dog, *cat], [32127, *dog], []]) == ["a cat dog", "dog", ""]
+
+
+def test_tokenizer_survives_pickling(tok):
+    assert pickle.loads(pickle.dumps(tok)).encode("a cat") == tok.encode("a cat")
+
+
+@pytest.mark.parametrize("call", [
+    lambda tok: tok("a cat"), lambda tok: tok(["a cat"], length=0), lambda tok: tok([None]), lambda tok: tok.encode(b"a cat"),
+    lambda tok: tok.decode([1, 2]), lambda tok: tok.decode([[3, -1]]), lambda tok: tok.decode(torch.rand(1, 2)),
+])
+def test_bad_texts_and_ids(tok, call):
+    with pytest.raises(ValueError, match="expected"):
+        call(tok)
+
+
+def test_missing_and_garbage_models(tmp_path):
+    with pytest.raises(ValueError, match="absent.model: no such file"):
+        T5Tokenizer(tmp_path / "absent.model")
+    for content in (b"", b"garbage", SPIECE.read_bytes()[:9999]):
+        (tmp_path / "x.model").write_bytes(content)
+        with pytest.raises(ValueError, match="x.model: not a sentencepiece model"):
+            T5Tokenizer(tmp_path / "x.model")
+
+
+def test_a_model_with_other_special_ids(tmp_path):
+    with open(tmp_path / "other.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a red circle", "a blue square"] * 9), model_writer=file,
+                                                 vocab_size=20, hard_vocab_limit=False, minloglevel=2)
+    with pytest.raises(ValueError, match=re.escape("other.model: <pad>, </s> and <unk> have the ids (-1, 2, 0)")):
+        T5Tokenizer(tmp_path / "other.model")
+    with pytest.raises(ValueError, match="sentinels = 0"):
+        T5Tokenizer(SPIECE, sentinels=0)
+
+
+# ---------------------------------------------------------------- agreement with the reference
+
+@torch.no_grad()
+def agrees(encoder):
+    _, inputs, outputs, _ = golden("t5_encoder")
+    torch.testing.assert_close(encoder(inputs["ids"]), outputs["embeddings"], rtol=0, atol=2e-5)
+
+
+def folder(path, **changes):
+    """A released-style repository: two shards, an index and config.json below text_encoder_3/."""
+    weights, _, _, config = golden("t5_encoder")
+    shards = write_shards(path / "text_encoder_3", weights, lambda file, part: save_file(part, file))
+    (path / "text_encoder_3" / "config.json").write_text(json.dumps(config | changes))
+    return shards
+
+
+def test_repository_and_folder_with_shards(tmp_path):
+    folder(tmp_path)
+    for path in (tmp_path, tmp_path / "text_encoder_3"):
+        encoder = T5Encoder.from_pretrained(path)
+        agrees(encoder)
+        assert encoder.config == T5Config(vocab_size=300, dim=24, head_dim=8, ff_dim=56, depth=3, num_heads=4)
+
+
+@pytest.mark.parametrize("prefix, foreign", [("", {}), (PREFIX, {}), (PREFIX, {"first_stage_model.x": torch.zeros(2)})])
+@pytest.mark.parametrize("embedding", [["shared"], ["shared", "encoder.embed_tokens"], ["encoder.embed_tokens"]])
+def test_stand_alone_and_single_file(tmp_path, prefix, foreign, embedding):
+    weights = golden("t5_encoder")[0]
+    matrix = weights.pop("shared.weight")
+    weights |= {f"{name}.weight": matrix.clone() for name in embedding}
+    save_file({prefix + name: tensor for name, tensor in weights.items()} | foreign, tmp_path / "x.safetensors")
+    agrees(T5Encoder.from_pretrained(tmp_path / "x.safetensors"))
+
+
+def test_fp8_computes_with_exactly_the_upcast_weights(tmp_path):
+    weights, inputs, _, _ = golden("t5_encoder")
+    fp8 = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in weights.items()}
+    save_file(fp8, tmp_path / "fp8.safetensors")
+    save_file({name: tensor.float() for name, tensor in fp8.items()}, tmp_path / "upcast.safetensors")
+    encoder, upcast = (T5Encoder.from_pretrained(tmp_path / f"{name}.safetensors") for name in ("fp8", "upcast"))
+    assert torch.equal(encoder.blocks[1].attention.out.weight, fp8["encoder.block.1.layer.0.SelfAttention.o.weight"].float())
+    assert torch.equal(encoder(inputs["ids"]), upcast(inputs["ids"]))
+
+
+def test_own_layout(tmp_path):
+    folder(tmp_path)
+    encoder = T5Encoder.from_pretrained(tmp_path)
+    save(tmp_path / "own.safetensors", encoder.state_dict(), encoder.config)
+    again = T5Encoder.from_pretrained(tmp_path / "own.safetensors")
+    assert again.config == encoder.config
+    agrees(again)
+    save(tmp_path / "bare.safetensors", encoder.state_dict())
+    assert T5Encoder.from_pretrained(tmp_path / "bare.safetensors").config == encoder.config
+
+
+def test_bfloat16_stays_near_the_reference(tmp_path):
+    folder(tmp_path)
+    _, inputs, outputs, _ = golden("t5_encoder")
+    found = T5Encoder.from_pretrained(tmp_path, dtype=torch.bfloat16)(inputs["ids"])
+    assert found.dtype == torch.bfloat16 and 0 < (found - outputs["embeddings"]).abs().mean() < 0.02
+
+
+# ---------------------------------------------------------------- full size, no weights
+
+@pytest.mark.parametrize("layout", ["shards", "stand-alone", "single file"])
+def test_full_size_manifest(tmp_path, layout):
+    released = manifest("t5_v1_1_xxl_encoder")
+    shapes, path = released["tensors"], tmp_path / "x.safetensors"
+    if layout == "shards":
+        write_shards(tmp_path / "text_encoder_3", shapes, write_sparse)
+        (tmp_path / "text_encoder_3" / "config.json").write_text(json.dumps(released["config"]))
+        path = tmp_path
+    elif layout == "stand-alone":
+        write_sparse(path, shapes | {"encoder.embed_tokens.weight": shapes["shared.weight"]})
+    else:
+        foreign = manifest("sd3_medium_single_file")["tensors"]
+        write_sparse(path, {PREFIX + name: shape for name, shape in shapes.items()} | foreign)
+    encoder = T5Encoder.from_pretrained(path, device="meta", dtype=torch.bfloat16)
+    assert parameter_count(encoder) == released["parameters"] and encoder.config == T5Config()
+
+
+# ---------------------------------------------------------------- mask token
+
+@pytest.mark.parametrize("wrap", [lambda v: v, lambda v: {"mask_token": v}, torch.nn.Parameter])
+def test_mask_token_replaces_one_row(tmp_path, wrap):
+    folder(tmp_path)
+    vector = torch.randn(24, dtype=torch.bfloat16)
+    torch.save(wrap(vector), tmp_path / "mask.pth")
+    plain = T5Encoder.from_pretrained(tmp_path)
+    masked = T5Encoder.from_pretrained(tmp_path, mask_token=tmp_path / "mask.pth", mask_id=299)
+    assert torch.equal(masked.embedding.weight[299], vector.float())
+    assert torch.equal(masked.embedding.weight[:299], plain.embedding.weight[:299])
+
+
+def test_mask_token_at_full_size(tmp_path):
+    write_sparse(tmp_path / "x.safetensors", manifest("t5_v1_1_xxl_encoder")["tensors"])
+    torch.save(torch.zeros(4096, dtype=torch.bfloat16), tmp_path / "mask.pth")
+    encoder = T5Encoder.from_pretrained(tmp_path / "x.safetensors", mask_token=tmp_path / "mask.pth", device="meta")
+    assert encoder.config.mask_id == 32099
+
+
+@pytest.mark.parametrize("content, words", [
+    (torch.zeros(23), "expected a mask token of shape (24,), found shape (23,)"),
+    (torch.zeros(1, 24), "found shape (1, 24)"),
+    ({"a": torch.zeros(24), "b": torch.zeros(24)}, "found dict"),
+    ([1.0] * 24, "found list"),
+])
+def test_mask_token_of_another_form(tmp_path, content, words):
+    folder(tmp_path)
+    torch.save(content, tmp_path / "mask.pth")
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        T5Encoder.from_pretrained(tmp_path, mask_token=tmp_path / "mask.pth", mask_id=299)
+    assert "mask.pth" in str(error.value)
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("run while loading",)
+
+
+def test_mask_token_that_cannot_be_read(tmp_path, capsys):
+    folder(tmp_path)
+    for write in (lambda path: None, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"garbage"),
+                  lambda path: torch.save(Malicious(), path)):
+        write(tmp_path / "mask.pth")
+        with pytest.raises(ValueError, match="mask.pth: cannot read"):
+            T5Encoder.from_pretrained(tmp_path, mask_token=tmp_path / "mask.pth", mask_id=299)
+    assert "run while loading" not in capsys.readouterr().out
+
+
+def test_mask_row_outside_the_vocabulary(tmp_path):
+    folder(tmp_path)
+    torch.save(torch.zeros(24), tmp_path / "mask.pth")
+    with pytest.raises(ValueError, match="mask_id = 32099, but the embedding has 300 rows"):
+        T5Encoder.from_pretrained(tmp_path, mask_token=tmp_path / "mask.pth")
+
+
+# ---------------------------------------------------------------- behaviour
+
+def test_relative_buckets():
+    buckets = relative_buckets(400, 32, 128, "cpu")
+    assert buckets.diagonal().eq(0).all() and buckets[8, 0] == 8 and buckets[7, 0] == 7 and buckets[0, 7] == 16 + 7
+    assert buckets[399, 0] == buckets[399, 271] == 15 and buckets[0, 399] == 31 and buckets[399, 399 - 64] == 14
+    assert set(buckets.flatten().tolist()) == set(range(32)) - {16}
+
+
+def test_a_fresh_encoder_has_unit_outputs_that_tell_tokens_apart():
+    torch.manual_seed(0)
+    encoder = T5Encoder(TINY)
+    with torch.no_grad():
+        out = encoder(torch.arange(100).view(2, 50))
+    assert out.shape == (2, 50, 128) and 0.9 < out.std() < 1.1
+    similarity = torch.corrcoef(out.flatten(0, 1)).fill_diagonal_(0)
+    assert similarity.abs().max() < 0.6
+    # Context matters, and so does order: the same token in another place or beside another word comes out differently.
+    a, b = encoder(torch.tensor([[5, 6, 7, 8], [5, 7, 6, 8]]))
+    assert (a[0] - b[0]).abs().max() > 0.01 and (a[1] - b[2]).abs().max() > 0.01
+
+
+def test_float16_is_refused(tmp_path):
+    folder(tmp_path)
+    for dtype in (torch.float16, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match=f"T5 in {dtype}"):
+            T5Encoder.from_pretrained(tmp_path, dtype=dtype)
+    with pytest.raises(ValueError, match="overflows in float16"):
+        T5Encoder(TINY).half()(torch.ones(1, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("ids, words", [
+    (torch.tensor([[150]]), "ids from 150 to 150, expected 0 to 149"),
+    (torch.tensor([[3, -1]]), "ids from -1 to 3"),
+    (torch.tensor([3]), "expected integer ids (B, L), got torch.int64 (1,)"),
+    (torch.tensor([[3.0]]), "got torch.float32"),
+    (torch.zeros(1, 0, dtype=torch.int64), "(1, 0)"),
+])
+def test_bad_ids(ids, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        T5Encoder(TINY)(ids)
+
+
+@pytest.mark.parametrize("fields", [{"depth": 0}, {"buckets": 30}, {"buckets": 0}, {"max_distance": 8}])
+def test_impossible_configurations(fields):
+    with pytest.raises(ValueError, match="must be"):
+        T5Config(**fields)
+
+
+# ---------------------------------------------------------------- checkpoints that do not fit
+
+def test_missing_superfluous_and_misshapen_tensors(tmp_path):
+    weights, file = golden("t5_encoder")[0], tmp_path / "x.safetensors"
+    del weights["encoder.block.1.layer.0.SelfAttention.k.weight"], weights["encoder.final_layer_norm.weight"]
+    weights["decoder.block.0.layer.0.SelfAttention.q.weight"] = torch.zeros(2, 2)
+    weights["encoder.block.2.layer.1.DenseReluDense.wi_1.weight"] = torch.zeros(55, 24)
+    save_file(weights, file)
+    with pytest.raises(ValueError) as error:
+        T5Encoder.from_pretrained(file)
+    for words in (str(file), "missing: encoder.block.1.layer.0.SelfAttention.k.weight (needed for blocks.1.attention.qkv.weight)",
+                  "missing: encoder.final_layer_norm.weight (needed for norm_out.weight)",
+                  "superfluous: decoder.block.0.layer.0.SelfAttention.q.weight (2, 2)",
+                  "encoder.block.2.layer.1.DenseReluDense.wi_1.weight (55, 24), expected (112, 24)"):
+        assert words in str(error.value)
+
+
+def test_missing_relative_bias(tmp_path):
+    weights = golden("t5_encoder")[0]
+    del weights["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+    save_file(weights, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="x.safetensors: no tensor 'encoder.block.0.layer.0.SelfAttention.relative_attention"):
+        T5Encoder.from_pretrained(tmp_path / "x.safetensors")
+
+
+def test_missing_shard(tmp_path):
+    folder(tmp_path)[1].unlink()
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors: this shard is missing"):
+        T5Encoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"feed_forward_proj": "relu"}, "feed_forward_proj = 'relu', expected 'gated-gelu'"),
+    ({"num_layers": "3"}, "depth = '3', expected int"),
+    ({"layer_norm_epsilon": None}, "norm_eps = None, expected float"),
+    ({"num_layers": 4}, "missing"),
+    ({"num_layers": 2}, "superfluous"),
+    ({"d_model": 32}, "wrong shape"),
+])
+def test_config_json_that_does_not_fit(tmp_path, changes, words):
+    folder(tmp_path, **changes)
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        T5Encoder.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_file_of_something_else(tmp_path):
+    save_file({"encoder.conv_in.weight": torch.zeros(2, 2)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="x.safetensors: no T5 encoder in it.*found encoder.conv_in.weight"):
+        T5Encoder.from_pretrained(tmp_path / "x.safetensors")
