@@ -36,6 +36,7 @@ from tqdm import tqdm
 import shapes
 from checkpoint import Checkpoint, make_config, save, write_atomically
 from data import BatchOrder, Pairs
+from evaluate import evaluate_run, print_scores
 from losses import contrastive_loss, flow_matching_loss, masked_token_loss, total_loss
 from model import MMDiT, MMDiTConfig
 from sample import Pipeline, SampleSettings
@@ -441,3 +442,118 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
             return False
     bar.close()
     return True
+
+
+# ---------------------------------------------------------------- command line
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected true or false")
+    return text.lower() == "true"
+
+
+def _add_fields(parser: argparse._ArgumentGroup, kind, default, prefix: str = "") -> None:
+    """An option for every field of a dataclass; nested ones as --outer.inner."""
+    hints = typing.get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        value, hint = getattr(default, f.name), hints[f.name]
+        if dataclasses.is_dataclass(hint):
+            _add_fields(parser, hint, value, f"{prefix}{f.name}.")
+        else:
+            parse = {bool: _parse_bool, tuple[int, ...]: lambda text: tuple(int(part) for part in text.split(","))}.get(hint, hint)
+            note = f.metadata.get("help", "")
+            parser.add_argument(f"--{prefix}{f.name}", type=parse, metavar=getattr(hint, "__name__", "value").upper(), default=argparse.SUPPRESS,
+                                help=f"{note + ' ' if note else ''}(default: {value!r})".replace("%", "%%"))
+
+
+def _override(default, values: dict[str, object], prefix: str = ""):
+    """The dataclass with the fields changed that the command line names."""
+    changes = {}
+    for f in dataclasses.fields(default):
+        value = getattr(default, f.name)
+        if dataclasses.is_dataclass(value):
+            changes[f.name] = _override(value, values, f"{prefix}{f.name}.")
+        elif prefix + f.name in values:
+            changes[f.name] = values[prefix + f.name]
+    return replace(default, **changes)
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[TrainConfig, bool]:
+    """The configuration and whether to resume. The preset is read first, so that --help shows its defaults."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=PRESETS, default="tiny")
+    preset = PRESETS[first.parse_known_args(argv)[0].preset]
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--preset", choices=PRESETS, default="tiny", help="which defaults to start from (default: %(default)s; the defaults below are those of the chosen one)")
+    p.add_argument("--resume", action="store_true", help="continue the run in --out; its configuration is the one it was started with")
+    _add_fields(p.add_argument_group("fields of the configuration"), TrainConfig, preset)
+    values = vars(p.parse_args(argv))
+    values.pop("preset")
+    resume = values.pop("resume")
+    try:
+        config = _override(preset, values)
+    except ValueError as error:
+        p.error(str(error))
+    file = Path(config.out) / "run.json"
+    if resume:
+        if not file.is_file():
+            p.error(f"--resume: {config.out} holds no run (no run.json); start one without --resume")
+        if set(values) - {"out"}:
+            p.error(f"--resume takes the configuration from {file}; remove {', '.join('--' + v for v in sorted(set(values) - {'out'}))}")
+        return read_config(file), True
+    if file.exists():
+        p.error(f"{config.out} already holds a run; continue it with --resume, choose another --out, or remove the folder")
+    positive = ("steps", "batch_size", "accumulation", "log_every", "save_every", "lr", "clip")
+    if wrong := [name for name in positive if getattr(config, name) <= 0]:
+        p.error(f"--{wrong[0]} must be positive")
+    for name in ("data", "init", "vae_path", "t5_path", "tokenizer_path", "mask_token"):
+        if (path := getattr(config, name)) and not Path(path).exists():
+            p.error(f"--{name} {path}: no such file or folder")
+    if not config.data and not config.train_scenes:
+        p.error("--data: name a JSONL file of text-image pairs (formats: python data.py --help)")
+    return config, False
+
+
+def read_config(file: Path) -> TrainConfig:
+    """The configuration that a run was started with. Raises ValueError naming the file."""
+    values = json.loads(file.read_text())
+    for name, hint in typing.get_type_hints(TrainConfig).items():
+        if dataclasses.is_dataclass(hint) and name in values:
+            values[name] = make_config(hint, values[name], str(file))
+    return make_config(TrainConfig, values, str(file))
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, _ = parse_arguments(argv)
+    run, ranks = Path(config.out), start_ranks()
+    try:
+        if ranks.first:
+            run.mkdir(parents=True, exist_ok=True)
+            write_atomically(run / "run.json", lambda file: file.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n"))
+            parts = prepare(config, run)
+        if ranks.world > 1:
+            dist.barrier()
+        parts = prepare(config, run)
+        with timed(run, "model") if ranks.first else contextlib.nullcontext():
+            finished = train(config, ranks, parts, run)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if ranks.world > 1:
+            dist.destroy_process_group()
+    if not ranks.first:
+        return
+    if not finished:
+        print(f"stopped at a checkpoint; continue with: python train.py --resume --out {run}")
+        return
+    if parts.test:
+        with timed(run, "evaluation"):
+            scores = evaluate_run(run, ranks.device)
+        print_scores(scores)
+        print(f"\nthe report: {run}/report.html    the samples: {run}/samples.png    try next:\n"
+              f'  python sample.py --run {run} "a large red circle at the top left and a small blue square at the center on a gray background"\n'
+              f"  python sample.py --run {run} --describe {run}/data/images/test/000002.png")
+
+
+if __name__ == "__main__":
+    main()

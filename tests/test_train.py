@@ -1,0 +1,194 @@
+"""The training loop: exact resume, ranks, signals, safe files, the command line, and a miniature of the main job."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from checkpoint import Checkpoint
+from model import MMDiT, MMDiTConfig
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--preset", "mini", "--train_scenes", "120", "--test_scenes", "6", "--vae_steps", "2", "--steps", "6", "--log_every", "1",
+         "--save_every", "3", "--model.width", "32", "--model.depth", "2", "--model.num_heads", "2", "--vae.block_channels", "16",
+         "--text_encoder.dim", "32", "--model.text_dim", "32", "--sampling.steps", "2", "--sampling.text_steps", "2", "--batch_size", "4"]
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[tuple]:
+    return [(m["step"], m["flow_matching"], m["masked_token"], m["contrastive"], m["grad_norm"]) for m in metrics(run)]
+
+
+def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
+    file = Checkpoint(train.newest_checkpoint(run) / f"{name}.safetensors")
+    return {n: file.read(n) for n in file.names()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A quick run from nothing to its report."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    train.main([*QUICK, "--out", str(run)])
+    return run
+
+
+def interrupt(monkeypatch, after: int) -> None:
+    """Send SIGTERM to this process in the middle of step `after`."""
+    real = train.update_average
+
+    def update(average, model, step, decay):
+        real(average, model, step, decay)
+        if step + 1 == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "update_average", update)
+
+
+@pytest.mark.parametrize("after", [2, 3, 5])
+def test_resume_is_exact(finished, tmp_path, monkeypatch, capsys, after):
+    """SIGTERM saves and returns; --resume then gives the losses, weights and averages of a run that was never stopped."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt(patch, after)
+        train.main([*QUICK, "--out", str(run)])
+    assert "--resume" in capsys.readouterr().out
+    assert train.newest_checkpoint(run).name == f"checkpoint-{after:08d}"
+    train.main(["--resume", "--out", str(run)])
+    assert losses(run) == losses(finished) and len(losses(run)) == 6
+    for name in ("model", "ema"):
+        expected, found = weights(finished, name), weights(run, name)
+        assert expected.keys() == found.keys() and all(torch.equal(expected[n], found[n]) for n in expected)
+
+
+def test_outputs(finished):
+    scores = json.loads((finished / "scores.json").read_text())
+    assert set(scores) == {"seconds", "text_to_image", "captions", "ceiling"} and scores["text_to_image"]["n"] == 6
+    assert scores["ceiling"]["scorer"] == 1.0 and {"total", "vae", "model"} <= set(scores["seconds"])
+    assert Image.open(finished / "samples.png").size[0] > 500
+    page = (finished / "report.html").read_text()
+    assert "<svg" in page and "data:image/png;base64," in page and "http" not in page
+    assert [p.name for p in finished.glob("checkpoint-*")] == ["checkpoint-00000006"]
+    assert not list(finished.glob(".*"))
+    config = Checkpoint(finished / "checkpoint-00000006" / "model.safetensors").config
+    assert config["width"] == 32 and MMDiT.from_pretrained(finished / "checkpoint-00000006" / "ema.safetensors").config.qk_norm
+
+
+def test_average_is_not_the_model(finished):
+    model, average = weights(finished, "model"), weights(finished, "ema")
+    assert any(not torch.equal(model[n], average[n]) for n in model)
+
+
+def test_a_failed_save_keeps_the_last_checkpoint(finished, tmp_path, monkeypatch):
+    """A kill while writing leaves the checkpoint before it, and the run continues from there."""
+    run = tmp_path / "run"
+    real = train.save
+
+    def failing(path, tensors, config=None, **metadata):
+        if path.name == "optimizer.safetensors" and metadata["step"] == "6":
+            raise KeyboardInterrupt
+        real(path, tensors, config, **metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save", failing)
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*QUICK, "--out", str(run)])
+    assert train.newest_checkpoint(run).name == "checkpoint-00000003"
+    train.main(["--resume", "--out", str(run)])
+    assert losses(run) == losses(finished)
+
+
+def test_accumulation_is_a_bigger_batch(finished, tmp_path):
+    """The gradient that is clipped and applied is the mean over micro batches: same norm as of the mean loss, not a multiple of it."""
+    run = tmp_path / "run"
+    train.main([*QUICK, "--out", str(run), "--accumulation", "4", "--steps", "1"])
+    assert metrics(run)[0]["grad_norm"] < 2 * metrics(finished)[0]["grad_norm"]
+
+
+def torchrun(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py"),
+                           *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+
+
+def test_two_ranks_equal_one(tmp_path):
+    """Two processes with half the batch each see the data of one process and get the same kind of run: exact resume, one set of files."""
+    arguments = [*QUICK, "--batch_size", "2", "--accumulation", "2", "--steps", "4", "--save_every", "2"]
+    done = torchrun(tmp_path, *arguments, "--out", "ranks")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(metrics(tmp_path / "ranks")) == 4 and (tmp_path / "ranks" / "report.html").exists()
+
+
+def test_unknown_and_ill_typed_fields(tmp_path, capsys):
+    for arguments, named in ((["--stepz", "5"], "--stepz"), (["--steps", "many"], "--steps"), (["--model.width", "1.5"], "--model.width"),
+                             (["--decay", "perhaps"], "--decay"), (["--steps", "0"], "--steps"), (["--data", "no.jsonl"], "no.jsonl"),
+                             (["--preset", "huge"], "huge"), (["--model.widht", "64"], "--model.widht")):
+        with pytest.raises(SystemExit) as stopped:
+            train.parse_arguments([*arguments, "--out", str(tmp_path / "new")])
+        assert stopped.value.code == 2 and named in capsys.readouterr().err
+
+
+def test_a_run_is_never_overwritten(finished, capsys):
+    before = (finished / "scores.json").read_bytes()
+    with pytest.raises(SystemExit):
+        train.main([*QUICK, "--out", str(finished)])
+    assert "--resume" in capsys.readouterr().err and (finished / "scores.json").read_bytes() == before
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "--out", str(finished), "--steps", "9"])
+    assert "--steps" in capsys.readouterr().err
+
+
+def test_resume_without_a_run(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "--out", str(tmp_path / "nothing")])
+    assert "nothing" in capsys.readouterr().err
+
+
+def test_help_shows_every_field(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in ("steps", "muon_lr", "model.depth", "vae.stem", "sampling.guidance", "resume"))
+
+
+def test_schedule():
+    config = train.TrainConfig(steps=100, warmup=10, decay=True)
+    scales = [train.learning_rate_scale(step, config) for step in range(100)]
+    assert scales[0] == pytest.approx(0.1) and max(scales) <= 1 and scales[99] == pytest.approx(0.01)
+    assert train.learning_rate_scale(5000, train.TrainConfig()) == 1.0
+
+
+def test_stratified_numbers_are_spread_evenly():
+    x = train.stratified(16, torch.Generator().manual_seed(0))
+    assert sorted((x * 16).long().tolist()) == list(range(16)) and (x[1:] < x[:-1]).any()
+
+
+def test_muon_gets_the_matrices_of_the_blocks():
+    model = MMDiT(MMDiTConfig(width=32, depth=1, num_heads=2, text_dim=16, vocab_size=50, position_table=4))
+    adamw, muon = train.make_optimizers(model, train.PRESETS["tiny"], torch.device("cpu"))
+    assert len(muon.param_groups[0]["params"]) == 10 and all(p.ndim == 2 for p in muon.param_groups[0]["params"])
+    assert sum(len(o.param_groups[0]["params"]) for o in (adamw, muon)) == len(list(model.parameters()))
+
+
+def test_miniature_of_the_main_job(tmp_path):
+    """The real command with the mini preset: losses fall, and what it writes can be used."""
+    run = tmp_path / "mini"
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--preset", "mini", "--out", str(run)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = metrics(run)
+    assert lines[-1]["flow_matching"] < 0.9 * lines[0]["flow_matching"]
+    assert lines[-1]["masked_token"] < 0.9 * lines[0]["masked_token"]
+    assert "generated scenes exact" in done.stdout
+    picture = tmp_path / "picture.png"
+    drawn = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--run", str(run), "--out", str(picture),
+                            "a large red circle at the center on a gray background"], capture_output=True, text=True)
+    assert drawn.returncode == 0, drawn.stderr[-2000:]
+    assert Image.open(picture).size == (64, 64)
