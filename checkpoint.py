@@ -73,6 +73,17 @@ def _concatenate(*tensors: Tensor) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
+def read_json(text: bytes | str, origin: str) -> dict:
+    """The JSON object in `text`. Raises ValueError naming `origin` for anything else."""
+    try:
+        content = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{origin}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{origin}: expected a JSON object, found {content!r:.80}")
+    return content
+
+
 class Source(typing.NamedTuple):
     """Where one tensor of a model comes from: names in the file, and how they become one (default: stacked along dim 0)."""
     names: tuple[str, ...]
@@ -113,7 +124,7 @@ class Checkpoint:
             raise ValueError(f"{self.path}: no such file or folder; expected a .safetensors file or a folder that holds one")
         indexes, files = sorted(self.path.glob("*.safetensors.index.json")), sorted(self.path.glob("*.safetensors"))
         if len(indexes) == 1:
-            weight_map = self._json(indexes[0].read_bytes(), str(indexes[0])).get("weight_map")
+            weight_map = read_json(indexes[0].read_bytes(), str(indexes[0])).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
                 raise ValueError(f"{indexes[0]}: no 'weight_map'; expected the index of a sharded checkpoint")
             shards = {}
@@ -131,16 +142,6 @@ class Checkpoint:
         return {files[0]: None}
 
     @staticmethod
-    def _json(text: bytes | str, origin: str) -> dict:
-        try:
-            content = json.loads(text)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{origin}: not valid JSON ({error})") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{origin}: expected a JSON object, found {content!r:.80}")
-        return content
-
-    @staticmethod
     def _open(file: Path):
         try:
             return safe_open(file, framework="pt")
@@ -151,9 +152,9 @@ class Checkpoint:
     def _read_config(self) -> dict:
         beside = self.path / "config.json"
         if beside.is_file():
-            return self._json(beside.read_bytes(), str(beside))
+            return read_json(beside.read_bytes(), str(beside))
         if "config" in self.metadata:
-            return self._json(self.metadata["config"], f"{self.path}: the 'config' in its metadata")
+            return read_json(self.metadata["config"], f"{self.path}: the 'config' in its metadata")
         return {}
 
     def under(self, *prefixes: str) -> "Checkpoint":

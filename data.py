@@ -35,9 +35,11 @@ class Example(NamedTuple):
 
 # ---------------------------------------------------------------- records
 
-def _text(turn) -> str:
-    """The text of a conversation's turn, which is a string or {"from": ..., "value": ...}."""
-    return (turn["value"] if isinstance(turn, dict) else turn).replace("<image>", "").strip()
+def _texts(turns) -> list[str]:
+    """The texts of a conversation, whose turns are strings or {"from": ..., "value": ...}."""
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"'conversations' is {turns!r:.60}, expected a list of turns")
+    return [(turn["value"] if isinstance(turn, dict) else turn).replace("<image>", "").strip() for turn in turns]
 
 
 def parse_record(record: dict, folder: Path) -> list[Example]:
@@ -46,7 +48,7 @@ def parse_record(record: dict, folder: Path) -> list[Example]:
         sources = tuple(folder / name for name in record["original_images"])
         target = folder / record["generated_images"][0]
         return [Example("image_to_image", target, sources, record["edit_prompt"].strip(), record.get("caption", "").strip())]
-    images, turns = [folder / name for name in record["image"]], [_text(turn) for turn in record["conversations"]]
+    images, turns = [folder / name for name in record["image"]], _texts(record["conversations"])
     if "instruction" in record:
         if len(images) < 2:
             raise ValueError(f"has an instruction and {len(images)} picture(s), expected sources and then the target")
@@ -66,7 +68,11 @@ def read_jsonl(path: str | Path) -> list[Example]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a JSONL file (formats: python data.py --help)")
     examples, known = [], {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")       # not splitlines: captions may hold other line separators
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -93,11 +99,13 @@ def load_image(path: str | Path, size: int) -> Tensor:
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I"):                    # 16 bits of grey, which convert() would cut off instead of scale
+                picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).astype(np.uint8))
             if picture.has_transparency_data:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             picture = picture.convert("RGB")
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:    # what Pillow raises for broken files
         raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
     if picture.size != (size, size):
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
@@ -126,6 +134,8 @@ class Pairs(Dataset):
         if not self.examples:
             raise ValueError(f"{path}: holds no text-to-image records")
         self.tokens = tokenizer([e.caption for e in self.examples], length=text_length)       # (n, L)
+        if (found := (self.tokens == tokenizer.mask_id).any(dim=1).nonzero()).numel():
+            raise ValueError(f"{path}: the caption {self.examples[found[0].item()].caption!r:.80} holds the mask token <extra_id_0>; remove it")
         self.image_size = image_size
         self.latents: Tensor | None = None
 

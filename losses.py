@@ -28,6 +28,8 @@ def flow_matching_loss(velocity: Tensor, noise: Tensor, latents: Tensor, sigma: 
     _same_shape("flow_matching_loss", noise, latents)
     error = velocity.float() - (noise.float() - latents.float())                              # (B, C, H, W)
     if sigma is not None:
+        if sigma.shape != latents.shape[:1]:
+            raise ValueError(f"flow_matching_loss: sigma has shape {tuple(sigma.shape)}, expected ({len(latents)},)")
         error = error * sigma.float().view(-1, 1, 1, 1)                                       # (B, C, H, W)
     return error.square().mean()
 
@@ -40,6 +42,7 @@ def masked_token_loss(logits: Tensor, tokens: Tensor, mask: Tensor, t: Tensor, a
     question answering only these positions count. Padding is predicted like any other token.
     """
     _same_shape("masked_token_loss", tokens, mask)
+    _same_shape("masked_token_loss (answer)", tokens, mask if answer is None else answer)
     if logits.shape[:2] != tokens.shape or t.shape != tokens.shape[:1]:
         raise ValueError(f"masked_token_loss: logits {tuple(logits.shape)}, tokens {tuple(tokens.shape)}, t {tuple(t.shape)}; "
                          "expected (B, L, vocab), (B, L), (B,)")
@@ -50,12 +53,28 @@ def masked_token_loss(logits: Tensor, tokens: Tensor, mask: Tensor, t: Tensor, a
 
 # ---------------------------------------------------------------- the two alignments
 
+class _Gather(torch.autograd.Function):
+    """All ranks' rows in rank order. Backward: every rank's gradient for a row goes back to the rank that the row came from."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        ctx.rows = len(x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank() * ctx.rows:][:ctx.rows]
+
+
 def gather_with_gradient(x: Tensor) -> Tensor:
-    """Rows of all ranks, (B, d) -> (world * B, d); the gradient of every rank's loss flows back to the rank a row came from."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return x
-    from torch.distributed.nn.functional import all_gather
-    return torch.cat(all_gather(x.contiguous()))
+    """Rows of all ranks, (B, d) -> (world * B, d), with gradient to every rank; outside a distributed run x itself."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return _Gather.apply(x)
+    return x
 
 
 def contrastive_loss(image_hidden: Tensor, text_hidden: Tensor, temperature: float = 0.07, symmetric: bool = True) -> Tensor:
@@ -65,14 +84,15 @@ def contrastive_loss(image_hidden: Tensor, text_hidden: Tensor, temperature: flo
     image-to-text and text-to-image, else image-to-text only. Every rank returns the loss of the whole batch, so that the mean
     of the ranks' gradients is its gradient.
     """
-    if len(image_hidden) != len(text_hidden) or image_hidden.shape[-1] != text_hidden.shape[-1]:
+    if image_hidden.ndim != 3 or text_hidden.ndim != 3 or image_hidden.shape[::2] != text_hidden.shape[::2]:
         raise ValueError(f"contrastive_loss: {tuple(image_hidden.shape)} and {tuple(text_hidden.shape)}, expected (B, N, D) and (B, L, D)")
-    image = F.normalize(gather_with_gradient(image_hidden.float().mean(dim=1)), dim=-1)       # (G, D)
-    text = F.normalize(gather_with_gradient(text_hidden.float().mean(dim=1)), dim=-1)         # (G, D)
-    similarity = image @ text.T / temperature                                                 # (G, G)
-    pairs = torch.arange(len(similarity), device=similarity.device)
-    loss = F.cross_entropy(similarity, pairs)
-    return (loss + F.cross_entropy(similarity.T, pairs)) / 2 if symmetric else loss
+    with torch.autocast(image_hidden.device.type, enabled=False):
+        image = F.normalize(gather_with_gradient(image_hidden.float().mean(dim=1)), dim=-1)   # (G, D)
+        text = F.normalize(gather_with_gradient(text_hidden.float().mean(dim=1)), dim=-1)     # (G, D)
+        similarity = image @ text.T / temperature                                             # (G, G)
+        pairs = torch.arange(len(similarity), device=similarity.device)
+        loss = F.cross_entropy(similarity, pairs)
+        return (loss + F.cross_entropy(similarity.T, pairs)) / 2 if symmetric else loss
 
 
 def intrinsic_loss(image_mid: Tensor, teacher_image: Tensor, text_mid: Tensor, teacher_text: Tensor, released: bool = False) -> Tensor:

@@ -38,6 +38,15 @@ class MMDiTConfig:
     qk_norm: bool = False           # RMS norm on queries and keys
     text_positions: int = 0         # length of a learned position embedding on the text stream, 0: none
 
+    def __post_init__(self):
+        sizes = (self.latent_channels, self.patch_size, self.width, self.depth, self.num_heads, self.text_dim, self.vocab_size,
+                 self.position_table, self.null_tokens, *self.align_dims)
+        if min(sizes) < 1 or self.text_positions < 0 or len(self.align_dims) not in (0, 2):
+            raise ValueError(f"sizes must be positive and align_dims empty or (hidden, teacher), got {self}")
+        if self.width % self.num_heads or self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of num_heads {self.num_heads} and of 4; the shapes of a "
+                             "checkpoint do not tell num_heads: give num_heads=...")
+
 
 class Output(NamedTuple):
     """What a forward pass returns; None for what was not asked for or cannot be (an image output of a text-only pass)."""
@@ -179,8 +188,6 @@ class MMDiT(nn.Module):
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
-        if config.width % config.num_heads or config.width % 4:
-            raise ValueError(f"MMDiTConfig: width {config.width} must be a multiple of num_heads {config.num_heads} and of 4")
         self.config = c = config
         self.gradient_checkpointing = False
         self.patch_embed = nn.Linear(c.latent_channels * c.patch_size ** 2, c.width)
@@ -222,9 +229,9 @@ class MMDiT(nn.Module):
         Raises ValueError that names the file and the tensors, if one is missing, superfluous or of the wrong shape.
         """
         file = Checkpoint(path, subfolders=("transformer",)).under("model.diffusion_model.")
-        fields, sources = _read_layout(file, overrides)
+        config, sources = _read_layout(file, overrides)
         with torch.device("meta"):
-            model = cls(make_config(MMDiTConfig, fields, str(file.path)))
+            model = cls(config)
         fresh = model.initialise if "blocks.0.image.qkv.weight" not in file and "null_image_embd" not in file else None
         return load(model, file, sources, fresh, dtype, device)
 
@@ -343,10 +350,11 @@ def _linear(own: str, *names: str, combine=None) -> dict[str, Source]:
             for part in ("weight", "bias")}
 
 
-def _read_layout(file: Checkpoint, overrides: Mapping) -> tuple[dict, dict[str, Source]]:
-    """The fields of the configuration and the source of every tensor, for whichever layout the file has."""
+def _read_layout(file: Checkpoint, overrides: Mapping) -> tuple[MMDiTConfig, dict[str, Source]]:
+    """The configuration and the source of every tensor, for whichever layout the file has."""
     if "blocks.0.image.qkv.weight" in file:
-        return file.config | dict(overrides), {name: Source((name,)) for name in file.names()}
+        config = make_config(MMDiTConfig, file.config | dict(overrides), str(file.path))
+        return config, {name: Source((name,)) for name in file.names()}
     if "joint_blocks.0.x_block.attn.qkv.weight" in file:
         blocks, patch, text, time, pooled = "joint_blocks.{}.", "x_embedder.proj", "context_embedder", "t_embedder.mlp.{}", "y_embedder.mlp.{}"
         time, pooled = [time.format(i) for i in (0, 2)], [pooled.format(i) for i in (0, 2)]
@@ -372,18 +380,19 @@ def _read_layout(file: Checkpoint, overrides: Mapping) -> tuple[dict, dict[str, 
     named = {"num_layers": "depth", "num_attention_heads": "num_heads", "in_channels": "latent_channels", "patch_size": "patch_size",
              "joint_attention_dim": "text_dim", "caption_projection_dim": "width", "pos_embed_max_size": "position_table"}
     fields |= {own: file.config[name] for name, own in named.items() if name in file.config} | dict(overrides)
+    config = make_config(MMDiTConfig, fields, str(file.path))
 
     sources = {"pos_embed": Source((positions,), _exact_positions), "patch_embed.weight": Source((f"{patch}.weight",), lambda w: w.flatten(1)),
                "patch_embed.bias": Source((f"{patch}.bias",))}
     sources |= _linear("text_embed", text) | _linear("time_embed.0", time[0]) | _linear("time_embed.2", time[1])
     sources |= _linear("image_modulation", modulation, combine=None if single else _swap_halves) | _linear("image_head", head)
-    for i in range(fields["depth"]):
+    for i in range(config.depth):
         for part in _SINGLE_FILE:
             for stream, block, names in (("image", "x_block", _DIFFUSERS_IMAGE), ("text", "context_block", _DIFFUSERS_TEXT)):
                 found = [f"{block}.{_SINGLE_FILE[part]}"] if single else names[part]
                 sources |= _linear(f"blocks.{i}.{stream}.{part}", *(blocks.format(i) + name for name in found))
     if f"{pooled[0]}.weight" in file:                                # SD3: see the module docstring
-        last = f"blocks.{fields['depth'] - 1}.text."
+        last = f"blocks.{config.depth - 1}.text."
         for part in ("proj", "fc1", "fc2"):
             for name in _linear(last + part, ""):
                 del sources[name]
@@ -393,10 +402,10 @@ def _read_layout(file: Checkpoint, overrides: Mapping) -> tuple[dict, dict[str, 
                                               _fold_pooled_text)
     else:
         sources |= {"null_image": Source(("null_image_embd",))} | _linear("text_head", "text_proj_out")
-        if "align_dims" in fields:
+        if config.align_dims:
             for own, name in (("image_align", "siglip_adapter_img"), ("text_align", "siglip_adapter_text")):
                 sources |= _linear(f"{own}.fc1", f"{name}.fc.0") | _linear(f"{own}.fc2", f"{name}.fc.2")
-    return fields, sources
+    return config, sources
 
 
 if __name__ == "__main__":

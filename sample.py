@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import make_config
+from checkpoint import make_config, read_json
 from data import load_image, to_pictures
 from model import MMDiT
 from text_encoder import T5Encoder, T5Tokenizer
@@ -155,7 +155,11 @@ class Pipeline:
         if not checkpoints or not (run / "run.json").is_file():
             raise ValueError(f"{run}: holds no trained model; train one with python train.py, or name the parts of a released one "
                              "(--model, --vae, --t5, --tokenizer)")
-        settings = make_config(SampleSettings, json.loads((run / "run.json").read_text())["sampling"], str(run / "run.json"))
+        origin = str(run / "run.json")
+        values = read_json((run / "run.json").read_bytes(), origin)
+        if "sampling" not in values:
+            raise ValueError(f"{origin}: no 'sampling' in it; expected the run.json that train.py writes")
+        settings = make_config(SampleSettings, values["sampling"], origin)
         return cls(T5Tokenizer(run / "tokenizer.model", padding_id=settings.padding_id),
                    T5Encoder.from_pretrained(run / "text_encoder.safetensors", dtype=dtype, device=device).eval(),
                    VAE.from_pretrained(run / "vae.safetensors", dtype=dtype, device=device).eval(),
@@ -258,8 +262,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         p.error("--model needs --tokenizer, T5's spiece.model")
     if a.out.suffix == ".png" and len(a.prompt) > 1:
         p.error(f"--out {a.out} is one picture for {len(a.prompt)} prompts; name a folder")
-    if a.out.suffix == ".png" and a.out.exists() and a.prompt:
+    if a.prompt and a.out.exists() and not a.out.is_dir():
         p.error(f"{a.out} exists; nothing is overwritten, choose another name")
+    if a.prompt and a.out.suffix not in ("", ".png") and not a.out.is_dir():
+        p.error(f"{a.out}: pictures are written as .png; name a .png file or a folder")
     return a
 
 

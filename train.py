@@ -34,8 +34,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import shapes
-from checkpoint import Checkpoint, make_config, save, write_atomically
-from data import BatchOrder, Pairs
+from checkpoint import Checkpoint, make_config, read_json, save, write_atomically
+from data import BatchOrder, Pairs, read_jsonl
 from evaluate import evaluate_run, print_scores
 from losses import contrastive_loss, flow_matching_loss, masked_token_loss, total_loss
 from model import MMDiT, MMDiTConfig
@@ -91,13 +91,13 @@ class TrainConfig:
     save_every: int = _field(1000, "steps per checkpoint; the last one is kept")
 
 
-_TINY = TrainConfig(
+_TINY = TrainConfig(                 # both vocabulary sizes become those of the tokenizer that the run trains
     out="runs/tiny",
-    model=MMDiTConfig(width=128, depth=4, num_heads=4, text_dim=128, vocab_size=0, position_table=8, qk_norm=True, text_positions=32),
-    vae=VAEConfig(block_channels=(128,), layers_per_block=1, norm_groups=8, mid_attention=False, stem=8),
-    text_encoder=T5Config(vocab_size=0, dim=128, head_dim=32, ff_dim=256, depth=2, num_heads=4),
+    model=MMDiTConfig(width=128, depth=4, num_heads=4, text_dim=128, position_table=8, qk_norm=True, text_positions=32),
+    vae=VAEConfig(block_channels=(32, 32), layers_per_block=1, norm_groups=1, mid_attention=False, stem=4),
+    text_encoder=T5Config(dim=128, head_dim=32, ff_dim=256, depth=2, num_heads=4),
     sampling=SampleSettings(image_size=64, text_length=32, steps=20, guidance=2.0, shift=1.0, text_steps=16),
-    train_scenes=30_000, test_scenes=600, vae_steps=800, steps=8000, batch_size=16, accumulation=1, lr=2e-3, muon_lr=0.02, beta2=0.95,
+    train_scenes=30_000, test_scenes=600, vae_steps=2500, steps=8000, batch_size=16, accumulation=1, lr=2e-3, muon_lr=0.02, beta2=0.95,
     weight_decay=0.0, warmup=100, decay=True, clip=1.0, ema=0.998, cache_latents=True, workers=0, log_every=50, save_every=1000)
 
 PRESETS = {
@@ -147,7 +147,7 @@ def learning_rate_scale(step: int, config: TrainConfig) -> float:
 
 def make_optimizers(model: nn.Module, config: TrainConfig, device: torch.device) -> list[torch.optim.Optimizer]:
     """AdamW, and with muon_lr Muon for the 2-D weights of the blocks (momentum made orthogonal, arXiv 2502.16982)."""
-    matrices = [p for n, p in model.named_parameters() if config.muon_lr and n.startswith("blocks.") and p.ndim == 2]
+    matrices = [p for n, p in model.named_parameters() if config.muon_lr and n.startswith("blocks.") and p.ndim == 2 and "modulation" not in n]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     optimizers = [torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay,
@@ -249,15 +249,15 @@ def load_optimizers(optimizers: list, folder: Path) -> tuple[int, float]:
 # ---------------------------------------------------------------- what a run without released weights makes for itself
 
 def train_tokenizer(captions: list[str], path: Path) -> None:
-    """A sentencepiece model with T5's special ids, on the captions of the world."""
+    """A sentencepiece model of whole words with T5's special ids, on the captions of the world."""
     model = io.BytesIO()
-    SentencePieceTrainer.train(sentence_iterator=iter(captions), model_writer=model, vocab_size=80, hard_vocab_limit=False,
-                               model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    SentencePieceTrainer.train(sentence_iterator=iter(captions), model_writer=model, vocab_size=1000, hard_vocab_limit=False,
+                               model_type="word", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
     write_atomically(path, lambda file: file.write_bytes(model.getvalue()))
 
 
 def train_vae(config: TrainConfig, path: Path) -> None:
-    """The tiny autoencoder: L1 and a little KL, on crowded pictures (one to nine objects), which teach more per step than sparse ones.
+    """The tiny autoencoder: squared error and a little KL, on crowded pictures (one to nine objects), which teach more per step than sparse ones.
 
     Its latents are then scaled to unit variance, which SD3's constants do for SD3's latents.
     """
@@ -266,17 +266,17 @@ def train_vae(config: TrainConfig, path: Path) -> None:
     scenes = [shapes.random_scene(rng, rng.randint(1, 9)) for _ in range(4096)]
     pictures = torch.from_numpy(np.stack([shapes.render(s) for s in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
     vae = VAE(replace(config.vae, scale=1.0, shift=0.0))
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0)
     for step in tqdm(range(config.vae_steps), desc="autoencoder", unit="step"):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 50) * (1 - step / config.vae_steps)
+            group["lr"] = 6e-3 * min(1, (step + 1) / 50) * (1 - step / config.vae_steps)
         x = pictures[torch.randint(len(pictures), (32,), generator=generator)]                # (32, 3, H, W)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast):
             mean, logvar = (part.float() for part in vae.moments(x))                          # (32, C, h, w) each
             z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator)      # (32, C, h, w)
             y = vae.decode(z).float()                                                         # (32, 3, H, W)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        loss = F.l1_loss(y, x) + 1e-4 * kl
+        loss = F.mse_loss(y, x) + 1e-4 * kl
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -317,8 +317,7 @@ def prepare(config: TrainConfig, run: Path) -> Parts:
             shapes.make_world(world, config.train_scenes, config.test_scenes, config.seed)
     if not config.tokenizer_path and not parts.tokenizer.exists():
         with timed(run, "tokenizer"):
-            captions = [json.loads(line)["conversations"][0]["value"] for line in parts.data.read_text().splitlines()[:5000]]
-            train_tokenizer(captions, parts.tokenizer)
+            train_tokenizer([e.caption for e in read_jsonl(parts.data)[:5000]], parts.tokenizer)
     tokenizer = T5Tokenizer(parts.tokenizer)
     if not config.t5_path and not parts.text_encoder.exists():
         torch.manual_seed(config.seed)
@@ -516,7 +515,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[TrainConfig, bool]:
 
 def read_config(file: Path) -> TrainConfig:
     """The configuration that a run was started with. Raises ValueError naming the file."""
-    values = json.loads(file.read_text())
+    values = read_json(file.read_bytes(), str(file))
     for name, hint in typing.get_type_hints(TrainConfig).items():
         if dataclasses.is_dataclass(hint) and name in values:
             values[name] = make_config(hint, values[name], str(file))
@@ -539,7 +538,8 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     finally:
-        if ranks.world > 1:
+        if ranks.world > 1 and sys.exc_info()[0] is None:
+            dist.barrier()                                      # nobody leaves while another still talks to it
             dist.destroy_process_group()
     if not ranks.first:
         return

@@ -51,6 +51,7 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, width, eps=1e-6)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)                        # a fresh block starts as the identity, which trains faster
         self.shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:                      # (B, C_in, H, W)

@@ -312,6 +312,8 @@ def test_too_small_for_one_batch():
 
 class Letters:
     """A tokenizer for the tests: the code points of a text."""
+    mask_id = 1_000_000
+
     def __call__(self, texts, length):
         return torch.tensor([[ord(c) for c in text.ljust(length)[:length]] for text in texts])
 
