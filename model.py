@@ -116,6 +116,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- modules
 
+class RMSNorm(nn.RMSNorm):
+    """RMS norm with its weight in the type of the input: with a float32 weight and a bfloat16 input there is no fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Stream(nn.Module):
     """One modality's half of a joint block: its own weights for everything but the softmax."""
 
@@ -128,8 +135,8 @@ class Stream(nn.Module):
         self.proj = nn.Linear(d, d)
         self.fc1 = nn.Linear(d, 4 * d)
         self.fc2 = nn.Linear(4 * d, d)
-        self.q_norm = nn.RMSNorm(d // config.num_heads, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(d // config.num_heads, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(d // config.num_heads, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(d // config.num_heads, eps=1e-6) if config.qk_norm else nn.Identity()
 
     def modulations(self, condition: Tensor) -> tuple[Modulation, Modulation]:
         """What the timestep (B, D) does to attention and to the MLP."""
@@ -139,7 +146,7 @@ class Stream(nn.Module):
     def queries_keys_values(self, x: Tensor, m: Modulation) -> tuple[Tensor, Tensor, Tensor]:
         qkv = self.qkv(modulate(x, m)).unflatten(-1, (3, self.num_heads, -1))                 # (B, N, 3, heads, head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                                  # 3 x (B, heads, N, head_dim)
-        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
+        return self.q_norm(q), self.k_norm(k), v
 
     def update(self, x: Tensor, attended: Tensor, attention_m: Modulation, mlp_m: Modulation) -> Tensor:
         """Residual steps of attention and MLP; x and attended (B, N, D)."""
