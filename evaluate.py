@@ -99,7 +99,7 @@ def _wrap(text: str, width: int) -> str:
 
 def samples_grid(examples: Sequence[Example], drawn: Sequence[np.ndarray], captions: Sequence[str], columns: int = 6) -> Image.Image:
     """A labelled sheet: above, prompts and the pictures drawn of them; below, pictures and the captions written of them."""
-    tile, text_height, font = 128, 92, ImageFont.load_default(size=11)
+    tile, text_height, font = 128, 116, ImageFont.load_default(size=11)
     rows = -(-len(examples) // columns)
     sheet = Image.new("RGB", (columns * (tile + 12) + 12, 2 * (rows * (tile + text_height) + 30)), "white")
     draw = ImageDraw.Draw(sheet)

@@ -9,6 +9,7 @@ optimizer as safetensors), metrics.jsonl, and for the shapes world samples.png, 
 """
 import argparse
 import contextlib
+import copy
 import dataclasses
 import io
 import json
@@ -97,7 +98,7 @@ _TINY = TrainConfig(                 # both vocabulary sizes become those of the
     vae=VAEConfig(block_channels=(32, 32), layers_per_block=1, norm_groups=1, mid_attention=False, stem=4),
     text_encoder=T5Config(dim=128, head_dim=32, ff_dim=256, depth=2, num_heads=4),
     sampling=SampleSettings(image_size=64, text_length=32, steps=20, guidance=2.0, shift=1.0, text_steps=16),
-    train_scenes=30_000, test_scenes=600, vae_steps=2500, steps=8000, batch_size=16, accumulation=1, lr=2e-3, muon_lr=0.02, beta2=0.95,
+    train_scenes=30_000, test_scenes=600, vae_steps=4000, steps=8000, batch_size=16, accumulation=1, lr=2e-3, muon_lr=0.02, beta2=0.95,
     weight_decay=0.0, warmup=100, decay=True, clip=1.0, ema=0.998, cache_latents=True, workers=0, log_every=50, save_every=1000)
 
 PRESETS = {
@@ -145,13 +146,12 @@ def learning_rate_scale(step: int, config: TrainConfig) -> float:
     return warm * (1 - step / config.steps if config.decay else 1.0)
 
 
-def make_optimizers(model: nn.Module, config: TrainConfig, device: torch.device) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW, and with muon_lr Muon for the 2-D weights of the blocks (momentum made orthogonal, arXiv 2502.16982)."""
     matrices = [p for n, p in model.named_parameters() if config.muon_lr and n.startswith("blocks.") and p.ndim == 2 and "modulation" not in n]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    optimizers = [torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay,
-                                    fused=device.type == "cuda")]
+    optimizers = [torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.0, momentum=0.95, nesterov=True))
     for optimizer in optimizers:
@@ -270,11 +270,11 @@ def train_vae(config: TrainConfig, path: Path) -> None:
     for step in tqdm(range(config.vae_steps), desc="autoencoder", unit="step"):
         for group in optimizer.param_groups:
             group["lr"] = 6e-3 * min(1, (step + 1) / 50) * (1 - step / config.vae_steps)
-        x = pictures[torch.randint(len(pictures), (32,), generator=generator)]                # (32, 3, H, W)
+        x = pictures[torch.randint(len(pictures), (16,), generator=generator)]                # (16, 3, H, W)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast):
-            mean, logvar = (part.float() for part in vae.moments(x))                          # (32, C, h, w) each
-            z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator)      # (32, C, h, w)
-            y = vae.decode(z).float()                                                         # (32, 3, H, W)
+            mean, logvar = (part.float() for part in vae.moments(x))                          # (16, C, h, w) each
+            z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator)      # (16, C, h, w)
+            y = vae.decode(z).float()                                                         # (16, 3, H, W)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = F.mse_loss(y, x) + 1e-4 * kl
         optimizer.zero_grad()
@@ -348,56 +348,73 @@ class Metrics:
         write_atomically(path, lambda f: f.write_text("".join(line + "\n" for line in kept)))    # what a resumed run does again goes
 
     def add(self, values: dict[str, Tensor]) -> None:
+        self.count += 1
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
 
-    def write(self, step: int, ranks: Ranks, micro_batches: int, **extra: float) -> dict[str, float]:
-        means = mean_over_ranks(torch.stack(list(self.sums.values())) / micro_batches, ranks).tolist()
+    def write(self, step: int, ranks: Ranks, **extra: float) -> dict[str, float]:
+        means = mean_over_ranks(torch.stack(list(self.sums.values())) / self.count, ranks).tolist()
         line = {"step": step} | {name: round(value, 6) for name, value in zip(self.sums, means)} | extra
-        self.sums = {}
+        self.sums, self.count = {}, 0
         if ranks.first:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         return line
 
 
+def load_frozen(config: TrainConfig, parts: Parts, device: torch.device) -> tuple[T5Tokenizer, T5Encoder, VAE]:
+    """What is used and not trained. On a GPU T5 is kept in bfloat16 (it overflows in float16)."""
+    tokenizer = T5Tokenizer(parts.tokenizer, padding_id=config.sampling.padding_id)
+    dtype = torch.bfloat16 if device.type == "cuda" and config.autocast else torch.float32
+    text_encoder = T5Encoder.from_pretrained(parts.text_encoder, mask_token=config.mask_token or None, dtype=dtype, device=device)
+    vae = VAE.from_pretrained(parts.vae, device=device)
+    return tokenizer, text_encoder.eval().requires_grad_(False), vae.eval().requires_grad_(False)
+
+
+def load_models(config: TrainConfig, vocab_size: int, resumed: Path | None, device: torch.device) -> tuple[MMDiT, MMDiT]:
+    """The model and its average: from the run's checkpoint, from --init, or fresh."""
+    torch.manual_seed(config.seed)                              # an SD3 checkpoint too leaves tensors to be initialised
+    if resumed:
+        model, average = (MMDiT.from_pretrained(resumed / f"{name}.safetensors") for name in ("model", "ema"))
+    else:
+        model = MMDiT.from_pretrained(config.init) if config.init else MMDiT(replace(config.model, vocab_size=vocab_size))
+        average = copy.deepcopy(model)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    return model.to(device), average.to(device).requires_grad_(False)
+
+
+def check_parts(config: TrainConfig, model: MMDiT, text_encoder: T5Encoder, vae: VAE, tokenizer: T5Tokenizer) -> None:
+    """Raise ValueError before the long work if the parts do not fit together."""
+    c, pixels = model.config, vae.downscale * model.config.patch_size
+    if config.sampling.image_size % pixels:
+        raise ValueError(f"--sampling.image_size {config.sampling.image_size} must be a multiple of {pixels} (autoencoder and patches)")
+    for what, wanted, found in (("wide text", c.text_dim, text_encoder.config.dim), ("latent channels", c.latent_channels, vae.config.latent_channels),
+                                ("ids of text", c.vocab_size, tokenizer.vocab_size)):
+        if wanted != found:
+            raise ValueError(f"the parts do not fit together: the model has {wanted} {what}, the frozen part beside it {found}")
+
+
 def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
     """Train to config.steps from the newest checkpoint of the run, or from the start. False if a signal stopped it before."""
-    device = ranks.device
-    tokenizer = T5Tokenizer(parts.tokenizer, padding_id=config.sampling.padding_id)
-    frozen_dtype = torch.bfloat16 if device.type == "cuda" and config.autocast else torch.float32
-    text_encoder = T5Encoder.from_pretrained(parts.text_encoder, mask_token=config.mask_token or None, dtype=frozen_dtype, device=device)
-    vae = VAE.from_pretrained(parts.vae, device=device)
-    for frozen in (text_encoder, vae):
-        frozen.eval().requires_grad_(False)
+    device, resumed = ranks.device, newest_checkpoint(run)
+    tokenizer, text_encoder, vae = load_frozen(config, parts, device)
     dataset = Pairs(parts.data, tokenizer, config.sampling.image_size, config.sampling.text_length)
+    model, average = load_models(config, tokenizer.vocab_size, resumed, device)
+    check_parts(config, model, text_encoder, vae, tokenizer)
+    optimizers = make_optimizers(model, config)
+    step, seconds = load_optimizers(optimizers, resumed) if resumed else (0, 0.0)
     if config.cache_latents:
         dataset.latents = encode_all(dataset, vae, device)
-
-    resumed = newest_checkpoint(run)
-    torch.manual_seed(config.seed)
-    if resumed or config.init:
-        model = MMDiT.from_pretrained(resumed / "model.safetensors" if resumed else config.init)
-    else:
-        model = MMDiT(replace(config.model, vocab_size=tokenizer.vocab_size))
-    average = MMDiT.from_pretrained(resumed / "ema.safetensors") if resumed else MMDiT(model.config)
-    if not resumed:
-        average.load_state_dict(model.state_dict())
-    model, average = model.to(device), average.to(device).requires_grad_(False)
-    model.gradient_checkpointing = config.gradient_checkpointing
-    optimizers = make_optimizers(model, config, device)
-    step, seconds = load_optimizers(optimizers, resumed) if resumed else (0, 0.0)
-
     wrapped = DistributedDataParallel(model, find_unused_parameters=True) if ranks.world > 1 else model
     order = BatchOrder(len(dataset), config.batch_size, config.seed, ranks.rank, ranks.world, step * config.accumulation)
     batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=config.workers, collate_fn=lambda batch: batch))
     empty = tokenizer([""], length=config.sampling.text_length).to(device)                    # (1, L)
     metrics = Metrics(run / "metrics.jsonl", step, config.log_every) if ranks.first else Metrics(Path(os.devnull), 0, config.log_every)
-    stop = torch.zeros(1, device=device)
+    signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.fill_(1))
+        signal.signal(number, lambda received, _: signals.append(received))
 
-    start, begun = time.time() - seconds, step
+    start = time.time() - seconds
     bar = tqdm(total=config.steps, initial=step, desc="training", unit="step", disable=not ranks.first)
     while step < config.steps:
         for micro in range(config.accumulation):
@@ -428,12 +445,9 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
         bar.update()
 
         if step % config.log_every == 0 or step == config.steps:
-            line = metrics.write(step, ranks, config.accumulation * ((step - 1) % config.log_every + 1),
-                                 grad_norm=round(norm.item(), 4), seconds=round(time.time() - start, 1))
+            line = metrics.write(step, ranks, grad_norm=round(norm.item(), 4), seconds=round(time.time() - start, 1))
             bar.set_postfix({name: f"{line[name]:.3f}" for name in ("flow_matching", "masked_token")})
-            if ranks.world > 1:
-                dist.all_reduce(stop, dist.ReduceOp.MAX)
-        stopping = bool(stop.item()) and (ranks.world == 1 or step % config.log_every == 0)
+        stopping = mean_over_ranks(torch.tensor(float(bool(signals)), device=device), ranks).item() > 0    # one rank's signal stops all
         if ranks.first and (stopping or step % config.save_every == 0 or step == config.steps):
             save_checkpoint(run, step, time.time() - start, model, average, optimizers)
         if stopping and step < config.steps:
@@ -508,8 +522,10 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[TrainConfig, bool]:
     for name in ("data", "init", "vae_path", "t5_path", "tokenizer_path", "mask_token"):
         if (path := getattr(config, name)) and not Path(path).exists():
             p.error(f"--{name} {path}: no such file or folder")
-    if not config.data and not config.train_scenes:
-        p.error("--data: name a JSONL file of text-image pairs (formats: python data.py --help)")
+    needed = {"data": config.train_scenes, "vae_path": config.vae_steps, "t5_path": config.vae_steps, "tokenizer_path": config.vae_steps}
+    for name, made_by_the_run in needed.items():
+        if not made_by_the_run and not getattr(config, name):
+            p.error(f"--{name} is needed: this preset does not make one ({TrainConfig.__dataclass_fields__[name].metadata['help']})")
     return config, False
 
 

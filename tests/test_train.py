@@ -173,7 +173,7 @@ def test_stratified_numbers_are_spread_evenly():
 
 def test_muon_gets_the_matrices_of_the_blocks():
     model = MMDiT(MMDiTConfig(width=32, depth=1, num_heads=2, text_dim=16, vocab_size=50, position_table=4))
-    adamw, muon = train.make_optimizers(model, train.PRESETS["tiny"], torch.device("cpu"))
+    adamw, muon = train.make_optimizers(model, train.PRESETS["tiny"])
     assert len(muon.param_groups[0]["params"]) == 8 and all(p.ndim == 2 for p in muon.param_groups[0]["params"])
     assert sum(len(o.param_groups[0]["params"]) for o in (adamw, muon)) == len(list(model.parameters()))
 
