@@ -176,6 +176,11 @@ def stratified(n: int, generator: torch.Generator) -> Tensor:
     return (place + torch.rand(n, generator=generator, device=device)) / n
 
 
+def noise_seed(config: TrainConfig, step: int, micro: int, rank: int) -> int:
+    """The seed of a micro batch's noise: a function of its place alone, so a resumed run needs no saved generator."""
+    return ((config.seed * 1_000_003 + step) * 1009 + micro) * 4099 + rank
+
+
 def dual_losses(model: nn.Module, text_encoder: T5Encoder, latents: Tensor, tokens: Tensor, mask_id: int, empty: Tensor,
                 generator: torch.Generator, config: TrainConfig) -> dict[str, Tensor]:
     """Equations (1), (2), (3) and (5) of a batch of pairs, both branches in one forward pass.
@@ -419,7 +424,7 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
     while step < config.steps:
         for micro in range(config.accumulation):
             batch = next(batches)
-            generator = torch.Generator(device).manual_seed(((config.seed * 1_000_003 + step) * 1009 + micro) * 4099 + ranks.rank)
+            generator = torch.Generator(device).manual_seed(noise_seed(config, step, micro, ranks.rank))
             tokens = batch.tokens.to(device)
             if batch.latents is not None:
                 latents = batch.latents.to(device)
