@@ -52,8 +52,8 @@ class Output(NamedTuple):
     """What a forward pass returns; None for what was not asked for or cannot be (an image output of a text-only pass)."""
     velocity: Tensor | None         # (B, C, H, W)
     logits: Tensor | None           # (B, L, vocab)
-    image_hidden: Tensor | None     # (B, N, D)  after the last block and its norm, the noisy picture's tokens only
-    text_hidden: Tensor             # (B, L, D)  the same of the text stream
+    image_hidden: Tensor | None     # (B, N, D)  what the image head reads: after the last block and its norm, the noisy picture's tokens
+    text_hidden: Tensor | None      # (B, L, D)  what the text head reads
     image_mid: Tensor | None        # (B, d)     through the alignment head, after block `align_depth`
     text_mid: Tensor | None         # (B, d)
 
@@ -148,8 +148,12 @@ class Stream(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                                  # 3 x (B, heads, N, head_dim)
         return self.q_norm(q), self.k_norm(k), v
 
-    def update(self, x: Tensor, attended: Tensor, attention_m: Modulation, mlp_m: Modulation) -> Tensor:
-        """Residual steps of attention and MLP; x and attended (B, N, D)."""
+    def update(self, x: Tensor, attended: Tensor, attention_m: Modulation, mlp_m: Modulation, rows: slice | None) -> Tensor | None:
+        """Residual steps of attention and MLP for these rows of the batch; x and attended (B, N, D)."""
+        if rows is None:
+            return None
+        x, attended = x[rows], attended[rows]                                                 # (b, N, D)
+        attention_m, mlp_m = (Modulation(*(part[rows] for part in m)) for m in (attention_m, mlp_m))
         x = torch.addcmul(x, attention_m.gate, self.proj(attended))                           # (B, N, D)
         hidden = F.gelu(self.fc1(modulate(x, mlp_m)), approximate="tanh")                     # (B, N, 4 D)
         return torch.addcmul(x, mlp_m.gate, self.fc2(hidden))                                 # (B, N, D)
@@ -163,16 +167,20 @@ class JointBlock(nn.Module):
         self.image = Stream(config)
         self.text = Stream(config)
 
-    def forward(self, image: Tensor, text: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """image (B, N, D), text (B, L, D), condition (B, D) -> the two streams, updated."""
+    def forward(self, image: Tensor, text: Tensor, condition: Tensor, image_rows: slice | None = slice(None),
+                text_rows: slice | None = slice(None)) -> tuple[Tensor | None, Tensor | None]:
+        """image (B, N, D), text (B, L, D), condition (B, D) -> the two streams, updated.
+
+        The rows of the batch that are wanted of each stream, None for none: after the last block most heads read only some.
+        """
         image_attention, image_mlp = self.image.modulations(condition)
         text_attention, text_mlp = self.text.modulations(condition)
         pairs = zip(self.image.queries_keys_values(image, image_attention), self.text.queries_keys_values(text, text_attention))
         q, k, v = (torch.cat(pair, dim=2) for pair in pairs)                                  # (B, heads, N + L, head_dim)
         attended = attention(q, k, v).transpose(1, 2).flatten(2)                              # (B, N + L, D)
         n = image.shape[1]
-        image = self.image.update(image, attended[:, :n], image_attention, image_mlp)         # (B, N, D)
-        text = self.text.update(text, attended[:, n:], text_attention, text_mlp)              # (B, L, D)
+        image = self.image.update(image, attended[:, :n], image_attention, image_mlp, image_rows)     # (B, N, D)
+        text = self.text.update(text, attended[:, n:], text_attention, text_mlp, text_rows)           # (B, L, D)
         return image, text
 
 
@@ -278,7 +286,8 @@ class MMDiT(nn.Module):
         latents (B, C, H, W) noisy (image branch) or clean (text branch), None: text only; text (B, L, text_dim) from T5;
         timestep (B,) in [0, 1000], 0 for a clean picture; references: clean latents (B, C, H', W'), any number;
         align_depth: 1-based block after which the mids are taken; want: the heads to compute, or {head: rows of the batch},
-        so that a batch which mixes both branches computes each head where it is read. Raises ValueError on wrong shapes.
+        so that a batch which mixes both branches computes each head, with the hidden states that it reads, for its rows only.
+        Raises ValueError on wrong shapes.
         """
         self._check(latents, text, timestep, references, align_depth, want)
         rows = want if isinstance(want, Mapping) else dict.fromkeys(want, slice(None))
@@ -295,24 +304,26 @@ class MMDiT(nn.Module):
 
         image_mid = text_mid = None
         for depth, block in enumerate(self.blocks, start=1):
+            wanted = (rows.get("velocity"), rows.get("logits")) if depth == len(self.blocks) and depth != align_depth else ()
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                image, text = recompute(block, image, text, condition, use_reentrant=False)
+                image, text = recompute(block, image, text, condition, *wanted, use_reentrant=False)
             else:
-                image, text = block(image, text, condition)                                   # (B, N + N', D), (B, L, D)
+                image, text = block(image, text, condition, *wanted)                          # (B, N + N', D), (B, L, D)
             if depth == align_depth:
                 image_mid, text_mid = self.image_align(image[:, :n]), self.text_align(text)   # (B, d), (B, d)
 
-        text = F.layer_norm(text, text.shape[-1:], eps=1e-6)                                  # (B, L, D)
-        logits = self.text_head(text[rows["logits"]]) if "logits" in rows else None           # (b, L, vocab)
-        if latents is None:
-            return Output(None, logits, None, text, None, text_mid)
-        shift, scale = self.image_modulation(condition)[:, None].chunk(2, dim=-1)             # (B, 1, D) each
-        image = modulate(image[:, :n], Modulation(shift, scale, None))                        # (B, N, D)
-        velocity = None
+        velocity = logits = image_hidden = text_hidden = None
+        if "logits" in rows:
+            text = text if wanted else text[rows["logits"]]                                   # (b, L, D)
+            text_hidden = F.layer_norm(text, text.shape[-1:], eps=1e-6)                       # (b, L, D)
+            logits = self.text_head(text_hidden)                                              # (b, L, vocab)
         if "velocity" in rows:
-            p, (h, w) = self.config.patch_size, latents.shape[2:]
-            velocity = unpatchify(self.image_head(image[rows["velocity"]]), p, h // p, w // p)    # (b, C, H, W)
-        return Output(velocity, logits, image, text, image_mid, text_mid)
+            r, p, (h, w) = rows["velocity"], self.config.patch_size, latents.shape[2:]
+            image = image if wanted else image[r]                                             # (b, N + N', D)
+            shift, scale = self.image_modulation(condition[r])[:, None].chunk(2, dim=-1)      # (b, 1, D) each
+            image_hidden = modulate(image[:, :n], Modulation(shift, scale, None))             # (b, N, D)
+            velocity = unpatchify(self.image_head(image_hidden), p, h // p, w // p)           # (b, C, H, W)
+        return Output(velocity, logits, image_hidden, text_hidden, image_mid, text_mid)
 
 
 # ---------------------------------------------------------------- released layouts

@@ -98,7 +98,7 @@ _TINY = TrainConfig(                 # both vocabulary sizes become those of the
     vae=VAEConfig(block_channels=(32, 32), layers_per_block=1, norm_groups=1, mid_attention=False, stem=4),
     text_encoder=T5Config(dim=128, head_dim=32, ff_dim=256, depth=2, num_heads=4),
     sampling=SampleSettings(image_size=64, text_length=32, steps=20, guidance=2.0, shift=1.0, text_steps=16),
-    train_scenes=30_000, test_scenes=600, vae_steps=4000, steps=8000, batch_size=16, accumulation=1, lr=2e-3, muon_lr=0.02, beta2=0.95,
+    train_scenes=30_000, test_scenes=510, vae_steps=4000, steps=7000, batch_size=16, accumulation=1, lr=2e-3, muon_lr=0.02, beta2=0.95,
     weight_decay=0.0, warmup=100, decay=True, clip=1.0, ema=0.998, cache_latents=True, workers=0, log_every=50, save_every=1000)
 
 PRESETS = {
@@ -201,13 +201,12 @@ def dual_losses(model: nn.Module, text_encoder: T5Encoder, latents: Tensor, toke
 
     with torch.no_grad():
         text = text_encoder(torch.cat([prompts, masked]))                                     # (2B, L, D)
-    image_rows, text_rows = slice(0, b), slice(b, 2 * b)
     out = model(torch.cat([noisy, latents]), text, torch.cat([1000 * sigma, torch.zeros_like(sigma)]),
-                want={"velocity": image_rows, "logits": text_rows})
+                want={"velocity": slice(0, b), "logits": slice(b, 2 * b)})
     found = {"flow_matching": flow_matching_loss(out.velocity, noise, latents, sigma if config.released_loss else None),
              "masked_token": masked_token_loss(out.logits, tokens, mask, t)}
     if config.cross_weight:
-        found["contrastive"] = contrastive_loss(out.image_hidden[image_rows], out.text_hidden[text_rows])
+        found["contrastive"] = contrastive_loss(out.image_hidden, out.text_hidden)
     found["loss"] = total_loss(found["flow_matching"], found["masked_token"], found.get("contrastive", 0.0),
                                text_weight=config.text_weight, cross_weight=config.cross_weight)
     return found

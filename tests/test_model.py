@@ -264,17 +264,24 @@ def test_want_computes_only_what_is_asked(tiny):
         calls.clear()
         found = tiny(*some_inputs(), want=asked)
         assert calls == list(asked)
-        for name in ("velocity", "logits"):
-            assert getattr(found, name) is None if name not in asked else torch.equal(getattr(found, name), getattr(full, name))
-        assert torch.equal(found.image_hidden, full.image_hidden) and torch.equal(found.text_hidden, full.text_hidden)
+        for head, hidden in (("velocity", "image_hidden"), ("logits", "text_hidden")):
+            for name in (head, hidden):
+                assert getattr(found, name) is None if head not in asked else torch.equal(getattr(found, name), getattr(full, name))
 
 
 def test_want_with_rows(tiny):
     full = tiny(*some_inputs(batch=4))
     found = tiny(*some_inputs(batch=4), want={"velocity": slice(0, 3), "logits": slice(3, 4)})
-    assert found.velocity.shape[0] == 3 and found.logits.shape[0] == 1 and found.image_hidden.shape[0] == 4
-    close(found.velocity, full.velocity[:3], atol=1e-6)
-    close(found.logits, full.logits[3:], atol=1e-6)
+    for name, rows in (("velocity", slice(0, 3)), ("image_hidden", slice(0, 3)), ("logits", slice(3, 4)), ("text_hidden", slice(3, 4))):
+        close(getattr(found, name), getattr(full, name)[rows], atol=1e-6)
+
+
+def test_alignment_after_the_last_block(tiny):
+    """The mids need every row of the last block, whatever heads are asked for."""
+    full, found = tiny(*some_inputs(), align_depth=3), tiny(*some_inputs(), align_depth=3, want={"logits": slice(0, 1)})
+    close(found.image_mid, full.image_mid, atol=1e-6)
+    close(found.text_mid, full.text_mid, atol=1e-6)
+    close(found.logits, full.logits[:1], atol=1e-6)
 
 
 def test_align_depth_counts_blocks_from_one(tiny):
