@@ -344,23 +344,24 @@ def encode_all(dataset: Pairs, vae: VAE, device: torch.device) -> Tensor:
 # ---------------------------------------------------------------- the training loop
 
 class Metrics:
-    """metrics.jsonl: one line each `every` steps, the mean over the steps and ranks since the last."""
+    """metrics.jsonl: one line each `log_every` steps, the means over the micro batches and ranks since the last; the first rank writes."""
 
-    def __init__(self, path: Path, step: int, every: int):
-        self.path, self.every, self.sums, self.count = path, every, {}, 0
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if path.exists() else []
-        write_atomically(path, lambda f: f.write_text("".join(line + "\n" for line in kept)))    # what a resumed run does again goes
+    def __init__(self, path: Path, step: int, ranks: Ranks):
+        self.path, self.ranks, self.sums, self.count = path, ranks, {}, 0
+        if ranks.first and path.exists():                       # what a resumed run does again goes
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            write_atomically(path, lambda file: file.write_text("".join(line + "\n" for line in kept)))
 
     def add(self, values: dict[str, Tensor]) -> None:
         self.count += 1
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
 
-    def write(self, step: int, ranks: Ranks, **extra: float) -> dict[str, float]:
-        means = mean_over_ranks(torch.stack(list(self.sums.values())) / self.count, ranks).tolist()
+    def write(self, step: int, **extra: float) -> dict[str, float]:
+        means = mean_over_ranks(torch.stack(list(self.sums.values())) / self.count, self.ranks).tolist()
         line = {"step": step} | {name: round(value, 6) for name, value in zip(self.sums, means)} | extra
         self.sums, self.count = {}, 0
-        if ranks.first:
+        if self.ranks.first:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         return line
@@ -413,10 +414,8 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
     order = BatchOrder(len(dataset), config.batch_size, config.seed, ranks.rank, ranks.world, step * config.accumulation)
     batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=config.workers, collate_fn=lambda batch: batch))
     empty = tokenizer([""], length=config.sampling.text_length).to(device)                    # (1, L)
-    metrics = Metrics(run / "metrics.jsonl", step, config.log_every) if ranks.first else Metrics(Path(os.devnull), 0, config.log_every)
-    signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: signals.append(received))
+    metrics, signals = Metrics(run / "metrics.jsonl", step, ranks), []
+    before = {number: signal.signal(number, lambda received, _: signals.append(received)) for number in (signal.SIGINT, signal.SIGTERM)}
 
     start = time.time() - seconds
     bar = tqdm(total=config.steps, initial=step, desc="training", unit="step", disable=not ranks.first)
@@ -449,16 +448,17 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
         bar.update()
 
         if step % config.log_every == 0 or step == config.steps:
-            line = metrics.write(step, ranks, grad_norm=round(norm.item(), 4), seconds=round(time.time() - start, 1))
+            line = metrics.write(step, grad_norm=round(norm.item(), 4), seconds=round(time.time() - start, 1))
             bar.set_postfix({name: f"{line[name]:.3f}" for name in ("flow_matching", "masked_token")})
         stopping = mean_over_ranks(torch.tensor(float(bool(signals)), device=device), ranks).item() > 0    # one rank's signal stops all
         if ranks.first and (stopping or step % config.save_every == 0 or step == config.steps):
             save_checkpoint(run, step, time.time() - start, model, average, optimizers)
-        if stopping and step < config.steps:
-            bar.close()
-            return False
+        if stopping:
+            break
     bar.close()
-    return True
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return step == config.steps
 
 
 # ---------------------------------------------------------------- command line
@@ -557,6 +557,8 @@ def main(argv: list[str] | None = None) -> None:
             finished = train(config, ranks, parts, run)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted; continue with: python train.py --resume --out {run}")
     finally:
         if ranks.world > 1 and sys.exc_info()[0] is None:
             dist.barrier()                                      # nobody leaves while another still talks to it
@@ -566,6 +568,7 @@ def main(argv: list[str] | None = None) -> None:
     if not finished:
         print(f"stopped at a checkpoint; continue with: python train.py --resume --out {run}")
         return
+    print(f"finished: {newest_checkpoint(run)}")
     if parts.test:
         with timed(run, "evaluation"):
             scores = evaluate_run(run, ranks.device)
