@@ -4,7 +4,8 @@ Four kinds of records (image paths are relative to the JSONL's folder, or absolu
   text to image   {"image": ["a.png"], "conversations": [{"from": "human", "value": CAPTION}, {"from": "gpt", "value": "<image>"}]}
   image to image  {"image": ["source.png", "target.png"], "conversations": [CAPTION OF THE TARGET, ...], "instruction": "..."}
   composition     {"original_images": [...], "generated_images": ["target.png"], "edit_prompt": "...", "caption": "..."}
-  questions       {"image": ["a.png"], "conversations": [{"from": "human", "value": "<image>\\nQUESTION"}, {"from": "gpt", "value": ANSWER}, ...]}
+  questions       {"image": ["a.png"], "conversations": [{"from": "human", "value": "<image>\\nQUESTION"},
+                                                         {"from": "gpt", "value": ANSWER}, ...]}
 
 Run alone to check a file and count its tasks:   python data.py FILE.jsonl
 """
@@ -43,7 +44,7 @@ def _texts(turns) -> list[str]:
 
 
 def parse_record(record: dict, folder: Path) -> list[Example]:
-    """The examples of one record (a question record has one for each question). Raises KeyError or ValueError if it has no known form."""
+    """The examples of one record; a question record has one for each question. Raises KeyError or ValueError for an unknown form."""
     if "original_images" in record:
         sources = tuple(folder / name for name in record["original_images"])
         target = folder / record["generated_images"][0]
@@ -63,7 +64,10 @@ def parse_record(record: dict, folder: Path) -> list[Example]:
 
 
 def read_jsonl(path: str | Path) -> list[Example]:
-    """Every example of a JSONL file. Raises ValueError that names the line, if one is not JSON, has no known form or names a missing picture."""
+    """Every example of a JSONL file.
+
+    Raises ValueError that names the line, if one is not JSON, has no known form or names a missing picture.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a JSONL file (formats: python data.py --help)")
@@ -95,7 +99,11 @@ def read_jsonl(path: str | Path) -> list[Example]:
 # ---------------------------------------------------------------- pictures
 
 def load_image(path: str | Path, size: int) -> Tensor:
-    """A picture as (3, size, size) float32 in [-1, 1]: EXIF orientation honoured, alpha on white, short side to `size` (bicubic), centre crop."""
+    """A picture as (3, size, size) float32 in [-1, 1].
+
+    EXIF orientation is honoured, alpha laid on white, the short side resized to `size` (bicubic), the centre cropped.
+    Raises ValueError that names the file, if it cannot be read.
+    """
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
@@ -135,7 +143,8 @@ class Pairs(Dataset):
             raise ValueError(f"{path}: holds no text-to-image records")
         self.tokens = tokenizer([e.caption for e in self.examples], length=text_length)       # (n, L)
         if (found := (self.tokens == tokenizer.mask_id).any(dim=1).nonzero()).numel():
-            raise ValueError(f"{path}: the caption {self.examples[found[0].item()].caption!r:.80} holds the mask token <extra_id_0>; remove it")
+            text = self.examples[found[0].item()].caption
+            raise ValueError(f"{path}: the caption {text!r:.80} holds the mask token <extra_id_0>; remove it")
         self.image_size = image_size
         self.latents: Tensor | None = None
 

@@ -67,7 +67,8 @@ def in_chunks(function, n: int, size: int, label: str) -> list:
     return [x for i in tqdm(range(0, n, size), desc=label, unit="batch") for x in function(slice(i, i + size))]
 
 
-def score_shapes(pipeline: Pipeline, examples: Sequence[Example], seed: int = 0, chunk: int = 100) -> tuple[dict, np.ndarray, list[str]]:
+def score_shapes(pipeline: Pipeline, examples: Sequence[Example], seed: int = 0,
+                 chunk: int = 100) -> tuple[dict, np.ndarray, list[str]]:
     """Scores of every held-out example, with the generated pictures (n, 64, 64, 3) uint8 and the captions."""
     scenes = [shapes.parse_caption(e.caption) for e in examples]
     images = torch.stack([load_image(e.image, pipeline.settings.image_size) for e in examples])          # (n, 3, H, W)
@@ -104,8 +105,9 @@ def samples_grid(examples: Sequence[Example], drawn: Sequence[np.ndarray], capti
     sheet = Image.new("RGB", (columns * (tile + 12) + 12, 2 * (rows * (tile + text_height) + 30)), "white")
     draw = ImageDraw.Draw(sheet)
     top = 0
+    originals = [np.asarray(Image.open(e.image)) for e in examples]
     for title, pictures, texts in (("prompt, and the picture drawn", drawn, [e.prompt for e in examples]),
-                                   ("picture, and the caption written", [np.asarray(Image.open(e.image)) for e in examples], captions)):
+                                   ("picture, and the caption written", originals, captions)):
         draw.text((12, top + 8), title, fill="black", font=ImageFont.load_default(size=15))
         top += 30
         for i, (picture, text) in enumerate(zip(pictures, texts)):
@@ -124,7 +126,8 @@ def curve_svg(title: str, steps: Sequence[float], values: Sequence[float], width
     x = 50 + (width - 60) * np.array(steps) / max(steps)
     y = 20 + (height - 45) * (high - logs) / (high - low)
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
-    return (f'<svg width="{width}" height="{height}" font-family="sans-serif" font-size="11"><text x="50" y="12">{html.escape(title)}</text>'
+    return (f'<svg width="{width}" height="{height}" font-family="sans-serif" font-size="11">'
+            f'<text x="50" y="12">{html.escape(title)}</text>'
             f'<polyline points="{points}" fill="none" stroke="steelblue" stroke-width="1.5"/>'
             f'<text x="2" y="26">{10 ** high:.3g}</text><text x="2" y="{height - 25}">{10 ** low:.3g}</text>'
             f'<text x="{width - 80}" y="{height - 6}">step {max(steps):.0f}</text></svg>')
@@ -152,14 +155,15 @@ def report_html(scores: dict, metrics: Sequence[dict], grid: Image.Image) -> str
     names = [name for name in ("loss", "flow_matching", "masked_token", "contrastive") if name in metrics[-1]]
     curves = "".join(curve_svg(name, [m["step"] for m in metrics], [m[name] for m in metrics]) for name in names)
     rows = "".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>" for a, b in table_rows(scores))
-    return (f'<!doctype html><meta charset="utf-8"><title>UniAlignment on the shapes world</title><body style="font-family:sans-serif">'
+    return (f'<!doctype html><meta charset="utf-8"><title>UniAlignment on the shapes world</title>'
+            f'<body style="font-family:sans-serif">'
             f'<h1>UniAlignment on the shapes world</h1><h2>Scores on held-out scenes</h2><table cellpadding="4">{rows}</table>'
             f'<h2>Training losses</h2>{curves}<h2>Samples</h2>'
             f'<img alt="samples" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"></body>\n')
 
 
 def evaluate_run(run: Path, device: str | torch.device = "cpu") -> dict:
-    """Score the newest checkpoint of a shapes run on all its held-out scenes; writes scores.json, samples.png and report.html there."""
+    """Score a shapes run's newest checkpoint on all its held-out scenes; writes scores.json, samples.png and report.html there."""
     pipeline = Pipeline.from_run(run, device=device)
     examples = read_jsonl(run / "data" / "test.jsonl")
     scores, drawn, captions = score_shapes(pipeline, examples)

@@ -85,7 +85,8 @@ def contrastive_loss(image_hidden: Tensor, text_hidden: Tensor, temperature: flo
     of the ranks' gradients is its gradient.
     """
     if image_hidden.ndim != 3 or text_hidden.ndim != 3 or image_hidden.shape[::2] != text_hidden.shape[::2]:
-        raise ValueError(f"contrastive_loss: {tuple(image_hidden.shape)} and {tuple(text_hidden.shape)}, expected (B, N, D) and (B, L, D)")
+        raise ValueError(f"contrastive_loss: shapes {tuple(image_hidden.shape)} and {tuple(text_hidden.shape)}, "
+                         "expected (B, N, D) and (B, L, D)")
     with torch.autocast(image_hidden.device.type, enabled=False):
         image = F.normalize(gather_with_gradient(image_hidden.float().mean(dim=1)), dim=-1)   # (G, D)
         text = F.normalize(gather_with_gradient(text_hidden.float().mean(dim=1)), dim=-1)     # (G, D)
@@ -95,7 +96,8 @@ def contrastive_loss(image_hidden: Tensor, text_hidden: Tensor, temperature: flo
         return (loss + F.cross_entropy(similarity.T, pairs)) / 2 if symmetric else loss
 
 
-def intrinsic_loss(image_mid: Tensor, teacher_image: Tensor, text_mid: Tensor, teacher_text: Tensor, released: bool = False) -> Tensor:
+def intrinsic_loss(image_mid: Tensor, teacher_image: Tensor, text_mid: Tensor, teacher_text: Tensor,
+                   released: bool = False) -> Tensor:
     """Equation (4), intrinsic alignment: minus the cosine to the frozen teacher, of the image plus of the text; all (B, d).
 
     released: the released code's form, which has 1 - cosine for each (the same gradient, a value in [0, 4] instead of [-2, 2]).

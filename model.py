@@ -52,7 +52,7 @@ class Output(NamedTuple):
     """What a forward pass returns; None for what was not asked for or cannot be (an image output of a text-only pass)."""
     velocity: Tensor | None         # (B, C, H, W)
     logits: Tensor | None           # (B, L, vocab)
-    image_hidden: Tensor | None     # (B, N, D)  what the image head reads: after the last block and its norm, the noisy picture's tokens
+    image_hidden: Tensor | None     # (B, N, D)  what the image head reads: the noisy picture's tokens after the last norm
     text_hidden: Tensor | None      # (B, L, D)  what the text head reads
     image_mid: Tensor | None        # (B, d)     through the alignment head, after block `align_depth`
     text_mid: Tensor | None         # (B, d)
@@ -343,7 +343,7 @@ def _swap_halves(x: Tensor) -> Tensor:
 
 
 def _extend_last_text_modulation(shift_scale: Tensor) -> Tensor:
-    """SD3's last text stream only serves the attention: (shift, scale) -> six parts whose gates are zero, so it stays the identity."""
+    """SD3's last text stream only serves the attention: (shift, scale) -> six parts with gates of zero, so it is the identity."""
     return torch.cat([shift_scale, shift_scale.new_zeros(2 * len(shift_scale), *shift_scale.shape[1:])])
 
 
@@ -374,12 +374,13 @@ def _read_layout(file: Checkpoint, overrides: Mapping) -> tuple[MMDiTConfig, dic
         config = make_config(MMDiTConfig, file.config | dict(overrides), str(file.path))
         return config, {name: Source((name,)) for name in file.names()}
     if "joint_blocks.0.x_block.attn.qkv.weight" in file:
-        blocks, patch, text, time, pooled = "joint_blocks.{}.", "x_embedder.proj", "context_embedder", "t_embedder.mlp.{}", "y_embedder.mlp.{}"
-        time, pooled = [time.format(i) for i in (0, 2)], [pooled.format(i) for i in (0, 2)]
-        positions, modulation, head, single = "pos_embed", "final_layer.adaLN_modulation.1", "final_layer.linear", True
+        single, blocks, patch, text, positions = True, "joint_blocks.{}.", "x_embedder.proj", "context_embedder", "pos_embed"
+        time, pooled = [f"t_embedder.mlp.{i}" for i in (0, 2)], [f"y_embedder.mlp.{i}" for i in (0, 2)]
+        modulation, head = "final_layer.adaLN_modulation.1", "final_layer.linear"
     elif "transformer_blocks.0.attn.to_q.weight" in file:
         dual = "image_proj_out.weight" in file
-        blocks, patch, text, positions, single = "transformer_blocks.{}.", "pos_embed.proj", "context_embedder", "pos_embed.pos_embed", False
+        single, blocks, patch, text = False, "transformer_blocks.{}.", "pos_embed.proj", "context_embedder"
+        positions = "pos_embed.pos_embed"
         time = [f"time_text_embed.timestep_embedder.linear_{i}" for i in (1, 2)]
         pooled = [f"time_text_embed.text_embedder.linear_{i}" for i in (1, 2)]
         modulation, head = ("image_norm_out.linear", "image_proj_out") if dual else ("norm_out.linear", "proj_out")
@@ -400,8 +401,8 @@ def _read_layout(file: Checkpoint, overrides: Mapping) -> tuple[MMDiTConfig, dic
     fields |= {own: file.config[name] for name, own in named.items() if name in file.config} | dict(overrides)
     config = make_config(MMDiTConfig, fields, str(file.path))
 
-    sources = {"pos_embed": Source((positions,), _exact_positions), "patch_embed.weight": Source((f"{patch}.weight",), lambda w: w.flatten(1)),
-               "patch_embed.bias": Source((f"{patch}.bias",))}
+    sources = {"pos_embed": Source((positions,), _exact_positions), "patch_embed.bias": Source((f"{patch}.bias",)),
+               "patch_embed.weight": Source((f"{patch}.weight",), lambda w: w.flatten(1))}
     sources |= _linear("text_embed", text) | _linear("time_embed.0", time[0]) | _linear("time_embed.2", time[1])
     sources |= _linear("image_modulation", modulation, combine=None if single else _swap_halves) | _linear("image_head", head)
     for i in range(config.depth):
@@ -414,8 +415,9 @@ def _read_layout(file: Checkpoint, overrides: Mapping) -> tuple[MMDiTConfig, dic
         for part in ("proj", "fc1", "fc2"):
             for name in _linear(last + part, ""):
                 del sources[name]
-        sources |= _linear(last + "modulation", *(sources[last + "modulation.weight"].names[0].removesuffix(".weight"),),
-                           combine=_extend_last_text_modulation if single else lambda x: _extend_last_text_modulation(_swap_halves(x)))
+        extend = _extend_last_text_modulation
+        sources |= _linear(last + "modulation", sources[last + "modulation.weight"].names[0].removesuffix(".weight"),
+                           combine=extend if single else lambda x: extend(_swap_halves(x)))
         sources["time_embed.2.bias"] = Source((f"{time[1]}.bias", f"{pooled[0]}.bias", f"{pooled[1]}.weight", f"{pooled[1]}.bias"),
                                               _fold_pooled_text)
     else:

@@ -1,4 +1,4 @@
-"""Sampling: pictures by flow matching, text by masked diffusion, and the command line for both (UniAlignment, arXiv 2509.23760, section 3).
+"""Sampling: pictures by flow matching, text by masked diffusion (UniAlignment, arXiv 2509.23760, section 3), and the command line.
 
     python sample.py "a large red circle at the top left on a gray background"      draw a prompt (several prompts: several pictures)
     python sample.py --describe picture.png                                         caption pictures
@@ -234,11 +234,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("prompt", nargs="*", help="texts to draw, one picture each")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with one prompt a line")
     p.add_argument("--describe", nargs="+", type=Path, metavar="PICTURE", help="caption these pictures instead of drawing")
-    p.add_argument("--out", type=Path, default=Path("pictures"), help="a .png (one prompt) or a folder that gets numbered files (default: %(default)s)")
+    p.add_argument("--out", type=Path, default=Path("pictures"),
+                   help="a .png (one prompt) or a folder that gets numbered files (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same result (default: %(default)s)")
     p.add_argument("--steps", type=int, help="Euler steps of a picture, or steps of filling in a text")
     p.add_argument("--guidance", type=float, help="weight of the prompt; 1 is none and twice as fast")
-    p.add_argument("--order", choices=("confidence", "ancestral"), default="confidence", help="which tokens of a text come first (default: %(default)s)")
+    p.add_argument("--order", choices=("confidence", "ancestral"), default="confidence",
+                   help="which tokens of a text come first (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=0.0, help="of the text; 0: the most probable tokens (default: %(default)s)")
     p.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of a training run (default: %(default)s)")
     real = p.add_argument_group("released weights, in place of --run; a part that is not named is looked for in --model")
@@ -247,7 +249,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     real.add_argument("--t5", type=Path, help="T5 v1.1 XXL encoder")
     real.add_argument("--tokenizer", type=Path, help="T5's spiece.model")
     real.add_argument("--mask-token", type=Path, help="the .pth with the trained mask embedding")
-    real.add_argument("--padding-id", type=int, default=1, choices=(0, 1), help="1 for dual checkpoints, 0 for plain SD3 (default: %(default)s)")
+    real.add_argument("--padding-id", type=int, default=1, choices=(0, 1),
+                      help="1 for dual checkpoints, 0 for plain SD3 (default: %(default)s)")
     real.add_argument("--image-size", type=int, default=512, help="pixels (default: %(default)s)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of all weights (default: float32 on CPU, bfloat16 on GPU)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")

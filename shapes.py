@@ -115,7 +115,7 @@ def _templates(background: str) -> tuple[list[Object | None], np.ndarray]:
 
 
 def read_picture(picture: np.ndarray) -> tuple[Scene, float]:
-    """The scene that a picture shows, by rendering and matching, and the mean absolute error per value (0 to 255) in its objects' cells.
+    """The scene that a picture shows, by rendering and matching, and the mean absolute error (0 to 255) in its objects' cells.
 
     picture (64, 64, 3) uint8. Every cell is compared with every object there can be, in every displacement; the background is
     the one that the border around the grid is nearest to. Exact on rendered pictures (tests/test_shapes.py).

@@ -2,7 +2,8 @@
 
     python train.py                                     the shapes world from nothing to a report, on two CPU cores
     python train.py --resume                            continue an interrupted run, exactly where it was
-    torchrun --nproc_per_node 8 train.py --preset sd3 --data pairs.jsonl --init sd3_medium.safetensors --vae_path ... --t5_path ... --tokenizer_path spiece.model
+    torchrun --nproc_per_node 8 train.py --preset sd3 --data pairs.jsonl --init sd3_medium.safetensors \\
+        --vae_path sd3/vae --t5_path sd3/text_encoder_3 --tokenizer_path spiece.model
 
 A preset is a `TrainConfig`; every field of it is a command-line option. Results go to --out: checkpoint-*/ (model, EMA and
 optimizer as safetensors), metrics.jsonl, and for the shapes world samples.png, scores.json and report.html.
@@ -98,8 +99,9 @@ _TINY = TrainConfig(                 # both vocabulary sizes become those of the
     vae=VAEConfig(block_channels=(32, 32), layers_per_block=1, norm_groups=1, mid_attention=False, stem=4),
     text_encoder=T5Config(dim=128, head_dim=32, ff_dim=256, depth=2, num_heads=4),
     sampling=SampleSettings(image_size=64, text_length=32, steps=20, guidance=2.0, shift=1.0, text_steps=16),
-    train_scenes=30_000, test_scenes=510, vae_steps=4000, steps=7000, batch_size=16, accumulation=1, lr=2e-3, muon_lr=0.02, beta2=0.95,
-    weight_decay=0.0, warmup=100, decay=True, clip=1.0, ema=0.998, cache_latents=True, workers=0, log_every=50, save_every=1000)
+    train_scenes=30_000, test_scenes=510, vae_steps=4000, steps=7000, batch_size=16, accumulation=1,
+    lr=2e-3, muon_lr=0.02, beta2=0.95, weight_decay=0.0, warmup=100, decay=True, clip=1.0, ema=0.998,
+    cache_latents=True, workers=0, log_every=50, save_every=1000)
 
 PRESETS = {
     "tiny": _TINY,
@@ -126,10 +128,11 @@ def start_ranks() -> Ranks:
     cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
         return Ranks(0, 1, torch.device("cuda" if cuda else "cpu"))
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo")
-    return Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"))
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
 def mean_over_ranks(x: Tensor, ranks: Ranks) -> Tensor:
@@ -148,7 +151,8 @@ def learning_rate_scale(step: int, config: TrainConfig) -> float:
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW, and with muon_lr Muon for the 2-D weights of the blocks (momentum made orthogonal, arXiv 2502.16982)."""
-    matrices = [p for n, p in model.named_parameters() if config.muon_lr and n.startswith("blocks.") and p.ndim == 2 and "modulation" not in n]
+    matrices = [p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2 and "modulation" not in n]
+    matrices = matrices if config.muon_lr else []
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     optimizers = [torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)]
@@ -261,7 +265,7 @@ def train_tokenizer(captions: list[str], path: Path) -> None:
 
 
 def train_vae(config: TrainConfig, path: Path) -> None:
-    """The tiny autoencoder: squared error and a little KL, on crowded pictures (one to nine objects), which teach more per step than sparse ones.
+    """The tiny autoencoder: squared error and a little KL, on crowded pictures (one to nine objects), which teach most per step.
 
     Its latents are then scaled to unit variance, which SD3's constants do for SD3's latents.
     """
@@ -344,7 +348,7 @@ def encode_all(dataset: Pairs, vae: VAE, device: torch.device) -> Tensor:
 # ---------------------------------------------------------------- the training loop
 
 class Metrics:
-    """metrics.jsonl: one line each `log_every` steps, the means over the micro batches and ranks since the last; the first rank writes."""
+    """metrics.jsonl: one line each `log_every` steps, means over the micro batches and ranks since the last one."""
 
     def __init__(self, path: Path, step: int, ranks: Ranks):
         self.path, self.ranks, self.sums, self.count = path, ranks, {}, 0
@@ -392,11 +396,11 @@ def check_parts(config: TrainConfig, model: MMDiT, text_encoder: T5Encoder, vae:
     """Raise ValueError before the long work if the parts do not fit together."""
     c, pixels = model.config, vae.downscale * model.config.patch_size
     if config.sampling.image_size % pixels:
-        raise ValueError(f"--sampling.image_size {config.sampling.image_size} must be a multiple of {pixels} (autoencoder and patches)")
-    for what, wanted, found in (("wide text", c.text_dim, text_encoder.config.dim), ("latent channels", c.latent_channels, vae.config.latent_channels),
-                                ("ids of text", c.vocab_size, tokenizer.vocab_size)):
+        raise ValueError(f"--sampling.image_size {config.sampling.image_size}: expected a multiple of {pixels} (autoencoder and patches)")
+    for what, wanted, found in (("text_dim", c.text_dim, text_encoder.config.dim), ("vocab_size", c.vocab_size, tokenizer.vocab_size),
+                                ("latent_channels", c.latent_channels, vae.config.latent_channels)):
         if wanted != found:
-            raise ValueError(f"the parts do not fit together: the model has {wanted} {what}, the frozen part beside it {found}")
+            raise ValueError(f"the parts do not fit together: {what} is {wanted} in the model and {found} in the frozen part beside it")
 
 
 def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
@@ -415,7 +419,7 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
     batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=config.workers, collate_fn=lambda batch: batch))
     empty = tokenizer([""], length=config.sampling.text_length).to(device)                    # (1, L)
     metrics, signals = Metrics(run / "metrics.jsonl", step, ranks), []
-    before = {number: signal.signal(number, lambda received, _: signals.append(received)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, lambda number, frame: signals.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
 
     start = time.time() - seconds
     bar = tqdm(total=config.steps, initial=step, desc="training", unit="step", disable=not ranks.first)
@@ -450,7 +454,7 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
         if step % config.log_every == 0 or step == config.steps:
             line = metrics.write(step, grad_norm=round(norm.item(), 4), seconds=round(time.time() - start, 1))
             bar.set_postfix({name: f"{line[name]:.3f}" for name in ("flow_matching", "masked_token")})
-        stopping = mean_over_ranks(torch.tensor(float(bool(signals)), device=device), ranks).item() > 0    # one rank's signal stops all
+        stopping = mean_over_ranks(torch.tensor(float(len(signals)), device=device), ranks).item() > 0    # one rank's signal stops all
         if ranks.first and (stopping or step % config.save_every == 0 or step == config.steps):
             save_checkpoint(run, step, time.time() - start, model, average, optimizers)
         if stopping:
@@ -469,6 +473,10 @@ def _parse_bool(text: str) -> bool:
     return text.lower() == "true"
 
 
+def _parse_integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part)
+
+
 def _add_fields(parser: argparse._ArgumentGroup, kind, default, prefix: str = "") -> None:
     """An option for every field of a dataclass; nested ones as --outer.inner."""
     hints = typing.get_type_hints(kind)
@@ -477,10 +485,10 @@ def _add_fields(parser: argparse._ArgumentGroup, kind, default, prefix: str = ""
         if dataclasses.is_dataclass(hint):
             _add_fields(parser, hint, value, f"{prefix}{f.name}.")
         else:
-            parse = {bool: _parse_bool, tuple[int, ...]: lambda text: tuple(int(part) for part in text.split(","))}.get(hint, hint)
-            note = f.metadata.get("help", "")
-            parser.add_argument(f"--{prefix}{f.name}", type=parse, metavar=getattr(hint, "__name__", "value").upper(), default=argparse.SUPPRESS,
-                                help=f"{note + ' ' if note else ''}(default: {value!r})".replace("%", "%%"))
+            parse, shown = {bool: (_parse_bool, "true|false"), tuple[int, ...]: (_parse_integers, "N,N"),
+                            str: (str, "TEXT")}.get(hint, (hint, "N"))
+            note = f"{f.metadata.get('help', '')} (default: {value!r})".strip().replace("%", "%%")
+            parser.add_argument(f"--{prefix}{f.name}", type=parse, metavar=shown, default=argparse.SUPPRESS, help=note)
 
 
 def _override(default, values: dict[str, object], prefix: str = ""):
@@ -500,9 +508,11 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[TrainConfig, bool]:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="tiny")
     preset = PRESETS[first.parse_known_args(argv)[0].preset]
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--preset", choices=PRESETS, default="tiny", help="which defaults to start from (default: %(default)s; the defaults below are those of the chosen one)")
-    p.add_argument("--resume", action="store_true", help="continue the run in --out; its configuration is the one it was started with")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                                usage="train.py [-h] [--preset NAME] [--resume] [--FIELD VALUE ...]")
+    p.add_argument("--preset", choices=PRESETS, default="tiny",
+                   help="which defaults to start from, tiny if not given; the defaults shown below are those of the chosen one")
+    p.add_argument("--resume", action="store_true", help="continue the run in --out, with the configuration it was started with")
     _add_fields(p.add_argument_group("fields of the configuration"), TrainConfig, preset)
     values = vars(p.parse_args(argv))
     values.pop("preset")
@@ -516,18 +526,21 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[TrainConfig, bool]:
         if not file.is_file():
             p.error(f"--resume: {config.out} holds no run (no run.json); start one without --resume")
         if set(values) - {"out"}:
-            p.error(f"--resume takes the configuration from {file}; remove {', '.join('--' + v for v in sorted(set(values) - {'out'}))}")
+            p.error(f"--resume takes the configuration from {file}; remove --{', --'.join(sorted(set(values) - {'out'}))}")
         return read_config(file), True
     if file.exists():
         p.error(f"{config.out} already holds a run; continue it with --resume, choose another --out, or remove the folder")
+    for path, group in (("init", "model."), ("vae_path", "vae."), ("t5_path", "text_encoder.")):
+        if getattr(config, path) and (given := [v for v in values if v.startswith(group)]):
+            p.error(f"--{given[0]} has no effect beside --{path}: the checkpoint brings its own configuration; remove one of them")
     positive = ("steps", "batch_size", "accumulation", "log_every", "save_every", "lr", "clip")
     if wrong := [name for name in positive if getattr(config, name) <= 0]:
         p.error(f"--{wrong[0]} must be positive")
     for name in ("data", "init", "vae_path", "t5_path", "tokenizer_path", "mask_token"):
         if (path := getattr(config, name)) and not Path(path).exists():
             p.error(f"--{name} {path}: no such file or folder")
-    needed = {"data": config.train_scenes, "vae_path": config.vae_steps, "t5_path": config.vae_steps, "tokenizer_path": config.vae_steps}
-    for name, made_by_the_run in needed.items():
+    for name in ("data", "vae_path", "t5_path", "tokenizer_path"):
+        made_by_the_run = config.train_scenes if name == "data" else config.vae_steps
         if not made_by_the_run and not getattr(config, name):
             p.error(f"--{name} is needed: this preset does not make one ({TrainConfig.__dataclass_fields__[name].metadata['help']})")
     return config, False
@@ -573,8 +586,9 @@ def main(argv: list[str] | None = None) -> None:
         with timed(run, "evaluation"):
             scores = evaluate_run(run, ranks.device)
         print_scores(scores)
+        prompt = "a large red circle at the top left and a small blue square at the center on a gray background"
         print(f"\nthe report: {run}/report.html    the samples: {run}/samples.png    try next:\n"
-              f'  python sample.py --run {run} "a large red circle at the top left and a small blue square at the center on a gray background"\n'
+              f'  python sample.py --run {run} "{prompt}"\n'
               f"  python sample.py --run {run} --describe {run}/data/images/test/000002.png")
 
 

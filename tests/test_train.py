@@ -142,7 +142,9 @@ def test_two_ranks(tmp_path):
 def test_unknown_and_ill_typed_fields(tmp_path, capsys):
     for arguments, named in ((["--stepz", "5"], "--stepz"), (["--steps", "many"], "--steps"), (["--model.width", "1.5"], "--model.width"),
                              (["--decay", "perhaps"], "--decay"), (["--steps", "0"], "--steps"), (["--data", "no.jsonl"], "no.jsonl"),
-                             (["--preset", "huge"], "huge"), (["--model.widht", "64"], "--model.widht")):
+                             (["--preset", "huge"], "huge"), (["--init", __file__, "--model.width", "64"], "--model.width"),
+                             (["--preset", "sd3", "--data", __file__], "--vae_path"), (["--preset", "sd3"], "--data"),
+                              (["--model.widht", "64"], "--model.widht")):
         with pytest.raises(SystemExit) as stopped:
             train.parse_arguments([*arguments, "--out", str(tmp_path / "new")])
         assert stopped.value.code == 2 and named in capsys.readouterr().err
