@@ -35,7 +35,7 @@ class MMDiTConfig:
     null_tokens: int = 8            # learned image tokens of a text-only pass
     align_dims: tuple[int, ...] = ()    # (hidden, teacher) widths of the alignment heads, empty: none
     align_silu: bool = True         # the released alignment heads end in a SiLU
-    qk_norm: bool = False           # RMS norm on queries and keys
+    qk_norm: bool = False           # layer norm on queries and keys (2302.05442); an RMS norm trains alike, but has no fused CPU kernel
     text_positions: int = 0         # length of a learned position embedding on the text stream, 0: none
 
     def __post_init__(self):
@@ -116,13 +116,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- modules
 
-class RMSNorm(nn.RMSNorm):
-    """RMS norm with its weight in the type of the input: with a float32 weight and a bfloat16 input there is no fused kernel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
 class Stream(nn.Module):
     """One modality's half of a joint block: its own weights for everything but the softmax."""
 
@@ -135,8 +128,6 @@ class Stream(nn.Module):
         self.proj = nn.Linear(d, d)
         self.fc1 = nn.Linear(d, 4 * d)
         self.fc2 = nn.Linear(4 * d, d)
-        self.q_norm = RMSNorm(d // config.num_heads, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(d // config.num_heads, eps=1e-6) if config.qk_norm else nn.Identity()
 
     def modulations(self, condition: Tensor) -> tuple[Modulation, Modulation]:
         """What the timestep (B, D) does to attention and to the MLP."""
@@ -146,7 +137,7 @@ class Stream(nn.Module):
     def queries_keys_values(self, x: Tensor, m: Modulation) -> tuple[Tensor, Tensor, Tensor]:
         qkv = self.qkv(modulate(x, m)).unflatten(-1, (3, self.num_heads, -1))                 # (B, N, 3, heads, head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                                  # 3 x (B, heads, N, head_dim)
-        return self.q_norm(q), self.k_norm(k), v
+        return q, k, v
 
     def update(self, x: Tensor, attended: Tensor, attention_m: Modulation, mlp_m: Modulation, rows: slice | None) -> Tensor | None:
         """Residual steps of attention and MLP for these rows of the batch; x and attended (B, N, D)."""
@@ -166,6 +157,9 @@ class JointBlock(nn.Module):
         super().__init__()
         self.image = Stream(config)
         self.text = Stream(config)
+        head_dim = config.width // config.num_heads
+        self.q_norm = nn.LayerNorm(head_dim, eps=1e-6, bias=False) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_dim, eps=1e-6, bias=False) if config.qk_norm else nn.Identity()
 
     def forward(self, image: Tensor, text: Tensor, condition: Tensor, image_rows: slice | None = slice(None),
                 text_rows: slice | None = slice(None)) -> tuple[Tensor | None, Tensor | None]:
@@ -177,6 +171,7 @@ class JointBlock(nn.Module):
         text_attention, text_mlp = self.text.modulations(condition)
         pairs = zip(self.image.queries_keys_values(image, image_attention), self.text.queries_keys_values(text, text_attention))
         q, k, v = (torch.cat(pair, dim=2) for pair in pairs)                                  # (B, heads, N + L, head_dim)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         attended = attention(q, k, v).transpose(1, 2).flatten(2)                              # (B, N + L, D)
         n = image.shape[1]
         image = self.image.update(image, attended[:, :n], image_attention, image_mlp, image_rows)     # (B, N, D)
