@@ -230,8 +230,9 @@ def load(module: nn.Module, checkpoint: Checkpoint, sources: Mapping[str, Source
     tensors = {}
     for name, target in own.items():
         if name in sources:
-            parts = [checkpoint.read(n, dtype, device) for n in sources[name].names]
-            tensors[name] = sources[name].combine(*parts).contiguous()
+            plain = sources[name].combine is _concatenate       # sums and products are formed in float32, then rounded once
+            parts = [checkpoint.read(n, dtype if plain else torch.float32, device) for n in sources[name].names]
+            tensors[name] = sources[name].combine(*parts).to(dtype).contiguous()
         else:
             tensors[name] = torch.empty(target.shape, dtype=dtype, device=device)
             initialise(name, tensors[name])

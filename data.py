@@ -70,7 +70,7 @@ def read_jsonl(path: str | Path) -> list[Example]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a JSONL file (formats: python data.py --help)")
+        raise ValueError(f"{path}: no such file; expected a JSONL file (data.py tells the formats)")
     examples, known = [], {}
     try:
         lines = path.read_text(encoding="utf-8").split("\n")       # not splitlines: captions may hold other line separators
@@ -186,5 +186,9 @@ class BatchOrder(Sampler[list[int]]):
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    for task, number in collections.Counter(e.task for e in read_jsonl(sys.argv[1])).items():
+    try:
+        tasks = collections.Counter(e.task for e in read_jsonl(sys.argv[1]))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    for task, number in tasks.items():
         print(f"{task:16} {number}")

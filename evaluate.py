@@ -10,6 +10,7 @@ import html
 import io
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -164,10 +165,11 @@ def report_html(scores: dict, metrics: Sequence[dict], grid: Image.Image) -> str
 
 def evaluate_run(run: Path, device: str | torch.device = "cpu") -> dict:
     """Score a shapes run's newest checkpoint on all its held-out scenes; writes scores.json, samples.png and report.html there."""
+    start = time.time()
     pipeline = Pipeline.from_run(run, device=device)
     examples = read_jsonl(run / "data" / "test.jsonl")
     scores, drawn, captions = score_shapes(pipeline, examples)
-    seconds = json.loads((run / "seconds.json").read_text())
+    seconds = json.loads((run / "seconds.json").read_text()) | {"evaluation": round(time.time() - start, 1)}
     scores = {"seconds": {"total": round(sum(seconds.values()), 1)} | seconds} | scores
     shown = slice(0, 12)
     grid = samples_grid(examples[shown], drawn[shown], captions[shown])
@@ -186,10 +188,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=("shapes",), help="what to evaluate")
     p.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of a training run (default: %(default)s)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     a = p.parse_args(argv)
     try:
-        print_scores(evaluate_run(a.run))
-    except ValueError as error:
+        print_scores(evaluate_run(a.run, a.device))
+    except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 
 

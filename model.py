@@ -287,7 +287,7 @@ class MMDiT(nn.Module):
         self._check(latents, text, timestep, references, align_depth, want)
         rows = want if isinstance(want, Mapping) else dict.fromkeys(want, slice(None))
         condition = F.silu(self.time_embed(timestep_embedding(timestep).to(text.dtype)))      # (B, D)
-        text = self.text_embed(text)                                                          # (B, L, D)
+        text = self.text_embed(text).to(self.pos_embed.dtype)     # both streams in full precision under autocast       (B, L, D)
         if self.text_pos_embed is not None:
             text = text + self.text_pos_embed[:, :text.shape[1]]                              # (B, L, D)
         if latents is None:
@@ -424,8 +424,11 @@ def _read_layout(file: Checkpoint, overrides: Mapping) -> tuple[MMDiTConfig, dic
 
 
 if __name__ == "__main__":
-    mmdit = MMDiT.from_pretrained(sys.argv[1], device="meta") if len(sys.argv) > 1 else MMDiT(
-        MMDiTConfig(width=128, depth=4, num_heads=4, text_dim=128, vocab_size=150, position_table=8, qk_norm=True, text_positions=32))
+    small = MMDiTConfig(width=128, depth=4, num_heads=4, text_dim=128, vocab_size=150, position_table=8, qk_norm=True)
+    try:
+        mmdit = MMDiT.from_pretrained(sys.argv[1], device="meta") if len(sys.argv) > 1 else MMDiT(small)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     print(mmdit.config)
     print(f"{sum(p.numel() for p in mmdit.parameters()) / 1e6:.1f} M parameters")
     side, device = 8 * mmdit.config.patch_size, mmdit.pos_embed.device

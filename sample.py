@@ -55,6 +55,7 @@ def generate(model: MMDiT, noise: Tensor, text: Tensor, empty_text: Tensor, step
     (B, C, H', W') of source pictures, seen by both halves.
     """
     x, guided = noise.float(), guidance != 1
+    references = [r.to(text.dtype) for r in references]
     if guided:
         text = torch.cat([empty_text.expand_as(text), text])                                  # (2B, L, D)
         references = [torch.cat([r, r]) for r in references]                                  # each (2B, C, H', W')
@@ -160,10 +161,12 @@ class Pipeline:
         if "sampling" not in values:
             raise ValueError(f"{origin}: no 'sampling' in it; expected the run.json that train.py writes")
         settings = make_config(SampleSettings, values["sampling"], origin)
-        return cls(T5Tokenizer(run / "tokenizer.model", padding_id=settings.padding_id),
-                   T5Encoder.from_pretrained(run / "text_encoder.safetensors", dtype=dtype, device=device).eval(),
-                   VAE.from_pretrained(run / "vae.safetensors", dtype=dtype, device=device).eval(),
-                   MMDiT.from_pretrained(checkpoints[-1], dtype=dtype, device=device).eval(), settings)
+        tokenizer = T5Tokenizer(values.get("tokenizer_path") or run / "tokenizer.model", padding_id=settings.padding_id)
+        text_encoder = T5Encoder.from_pretrained(values.get("t5_path") or run / "text_encoder.safetensors",
+                                                 mask_token=values.get("mask_token") or None, dtype=dtype, device=device)
+        vae = VAE.from_pretrained(values.get("vae_path") or run / "vae.safetensors", dtype=dtype, device=device)
+        model = MMDiT.from_pretrained(checkpoints[-1], dtype=dtype, device=device)
+        return cls(tokenizer, text_encoder.eval(), vae.eval(), model.eval(), settings)
 
     @property
     def device(self) -> torch.device:
@@ -258,11 +261,20 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if a.prompts:
         if not a.prompts.is_file():
             p.error(f"{a.prompts}: no such file")
-        a.prompt += [line.strip() for line in a.prompts.read_text().splitlines() if line.strip()]
+        try:
+            a.prompt += [line.strip() for line in a.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            p.error(f"{a.prompts}: not UTF-8 text ({error})")
     if bool(a.prompt) == bool(a.describe):
         p.error("give texts to draw, or --describe and pictures; see --help for examples")
     if a.model and not a.tokenizer:
         p.error("--model needs --tokenizer, T5's spiece.model")
+    if not a.model and (a.vae or a.t5 or a.tokenizer or a.mask_token):
+        p.error("--vae, --t5, --tokenizer and --mask-token belong to --model; a run in --run has its own")
+    try:
+        torch.empty(0, device=a.device)
+    except (RuntimeError, AssertionError) as error:
+        p.error(f"--device {a.device}: {str(error).splitlines()[0]}")
     if a.out.suffix == ".png" and len(a.prompt) > 1:
         p.error(f"--out {a.out} is one picture for {len(a.prompt)} prompts; name a folder")
     if a.prompt and a.out.exists() and not a.out.is_dir():
@@ -276,17 +288,21 @@ def _load(a: argparse.Namespace) -> Pipeline:
     dtype = getattr(torch, a.dtype or ("float32" if a.device == "cpu" else "bfloat16"))
     if not a.model:
         return Pipeline.from_run(a.run, dtype, a.device)
-    settings = SampleSettings(image_size=a.image_size, padding_id=a.padding_id)
-    return Pipeline(T5Tokenizer(a.tokenizer, padding_id=a.padding_id),
-                    T5Encoder.from_pretrained(a.t5 or a.model, mask_token=a.mask_token, dtype=dtype, device=a.device).eval(),
-                    VAE.from_pretrained(a.vae or a.model, dtype=dtype, device=a.device).eval(),
-                    MMDiT.from_pretrained(a.model, dtype=dtype, device=a.device).eval(), settings)
+    tokenizer = T5Tokenizer(a.tokenizer, padding_id=a.padding_id)
+    vae = VAE.from_pretrained(a.vae or a.model, dtype=dtype, device=a.device).eval()
+    model = MMDiT.from_pretrained(a.model, dtype=dtype, device=a.device).eval()
+    if a.image_size % (vae.downscale * model.config.patch_size):
+        raise ValueError(f"--image-size {a.image_size}: expected a multiple of {vae.downscale * model.config.patch_size}")
+    text_encoder = T5Encoder.from_pretrained(a.t5 or a.model, mask_token=a.mask_token, dtype=dtype, device=a.device).eval()
+    return Pipeline(tokenizer, text_encoder, vae, model, SampleSettings(image_size=a.image_size, padding_id=a.padding_id))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     a = _arguments(argv)
     try:
         pipeline = _load(a)
+        if a.describe and not pipeline.model.text_head.weight.any():
+            raise ValueError(f"{a.model or a.run}: cannot write, its text head is all zero as that of plain SD3; use a dual checkpoint")
         if a.describe:
             pictures = torch.stack([load_image(path, pipeline.settings.image_size) for path in a.describe])
             captions = pipeline.caption(pictures, a.seed, a.steps, a.order, a.temperature, progress=True)
@@ -296,7 +312,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for prompt in a.prompt:
             for warning in pipeline.warnings(prompt):
                 print(f"warning: {prompt!r}: {warning}", file=sys.stderr)
-        pictures = to_pictures(pipeline.draw(a.prompt, a.seed, a.steps, a.guidance, progress=True))
+        parts = [(i, a.prompt[i:i + 16]) for i in range(0, len(a.prompt), 16)]                # so that any number fits into memory
+        pictures = to_pictures(torch.cat([pipeline.draw(prompts, a.seed + i, a.steps, a.guidance, progress=True)
+                                          for i, prompts in parts]))
     except ValueError as error:
         sys.exit(f"error: {error}")
     names = [a.out] if a.out.suffix == ".png" else _free_names(a.out, len(pictures))

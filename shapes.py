@@ -183,7 +183,9 @@ def make_world(folder: Path, train: int, test: int, seed: int = 0, max_objects: 
                 scene = random_scene(rng, count)
             Image.fromarray(render(scene)).save(images / f"{i:06d}.png", compress_level=1)
             records.append(json.dumps(pair_record(f"images/{split}/{i:06d}.png", scene)) + "\n")
-        (folder / f"{split}.jsonl").write_text("".join(records))
+        temporary = folder / f".{split}.jsonl.tmp"              # under its name only when it is complete
+        temporary.write_text("".join(records))
+        temporary.replace(folder / f"{split}.jsonl")
 
 
 if __name__ == "__main__":

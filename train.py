@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -99,13 +100,13 @@ _TINY = TrainConfig(                 # both vocabulary sizes become those of the
     vae=VAEConfig(block_channels=(32, 32), layers_per_block=1, norm_groups=1, mid_attention=False, stem=4),
     text_encoder=T5Config(dim=128, head_dim=32, ff_dim=256, depth=2, num_heads=4),
     sampling=SampleSettings(image_size=64, text_length=32, steps=20, guidance=2.0, shift=1.0, text_steps=16),
-    train_scenes=30_000, test_scenes=510, vae_steps=4000, steps=7200, batch_size=16, accumulation=1,
+    train_scenes=30_000, test_scenes=510, vae_steps=4500, steps=8000, batch_size=16, accumulation=1,
     lr=5e-3, muon_lr=0.025, beta2=0.95, weight_decay=0.0, warmup=100, decay=True, clip=1.0, ema=0.998,
     cache_latents=True, workers=0, log_every=50, save_every=1000)
 
 PRESETS = {
     "tiny": _TINY,
-    "mini": replace(_TINY, out="runs/mini", train_scenes=600, test_scenes=12, vae_steps=60, steps=60, log_every=10, save_every=50),
+    "mini": replace(_TINY, out="runs/mini", train_scenes=1200, test_scenes=12, vae_steps=300, steps=300, save_every=100),
     "sd3": replace(TrainConfig(), gradient_checkpointing=True),
 }
 
@@ -182,7 +183,7 @@ def stratified(n: int, generator: torch.Generator) -> Tensor:
 
 def noise_seed(config: TrainConfig, step: int, micro: int, rank: int) -> int:
     """The seed of a micro batch's noise: a function of its place alone, so a resumed run needs no saved generator."""
-    return ((config.seed * 1_000_003 + step) * 1009 + micro) * 4099 + rank
+    return (((config.seed * 1_000_003 + step) * 1009 + micro) * 4099 + rank) % 2 ** 63
 
 
 def dual_losses(model: nn.Module, text_encoder: T5Encoder, latents: Tensor, tokens: Tensor, mask_id: int, empty: Tensor,
@@ -223,7 +224,8 @@ def newest_checkpoint(run: Path) -> Path | None:
     return max(run.glob("checkpoint-*"), default=None)
 
 
-def save_checkpoint(run: Path, step: int, seconds: float, model: MMDiT, average: MMDiT, optimizers: list) -> None:
+def save_checkpoint(run: Path, step: int, seconds: float, model: MMDiT, average: MMDiT, optimizers: list,
+                    metrics: dict[str, Tensor], world: int) -> None:
     """Write checkpoint-<step> under a temporary name, rename it, then remove the one before: a kill leaves one that is whole."""
     target, temporary = run / f"checkpoint-{step:08d}", run / ".checkpoint.tmp"
     if target.exists():
@@ -234,16 +236,22 @@ def save_checkpoint(run: Path, step: int, seconds: float, model: MMDiT, average:
     save(temporary / "ema.safetensors", average.state_dict(), config)
     state = {f"{k}.{i}.{name}": value for k, optimizer in enumerate(optimizers)
              for i, entry in optimizer.state_dict()["state"].items() for name, value in entry.items()}
-    save(temporary / "optimizer.safetensors", state, step=str(step), seconds=str(seconds))
+    state |= {f"metrics.{name}": value for name, value in metrics.items()}
+    save(temporary / "optimizer.safetensors", state, step=str(step), seconds=str(seconds), world=str(world))
     os.rename(temporary, target)
     for old in run.glob("checkpoint-*"):
         if old != target:
             shutil.rmtree(old)
 
 
-def load_optimizers(optimizers: list, folder: Path) -> tuple[int, float]:
-    """Restore the optimizers; returns the step and the seconds of training so far."""
+def load_optimizers(optimizers: list, folder: Path, world: int) -> tuple[int, float, dict[str, Tensor]]:
+    """Restore the optimizers; returns the step, the seconds of training so far and the state of the metrics.
+
+    Raises ValueError if the run had another number of ranks: its batches would be others.
+    """
     file = Checkpoint(folder / "optimizer.safetensors")
+    if file.metadata["world"] != str(world):
+        raise ValueError(f"{folder}: was written by {file.metadata['world']} ranks, resumed by {world}; start as many as before")
     for k, optimizer in enumerate(optimizers):
         state: dict[int, dict[str, Tensor]] = {}
         for name in file.names():
@@ -251,7 +259,8 @@ def load_optimizers(optimizers: list, folder: Path) -> tuple[int, float]:
                 _, i, key = name.split(".")
                 state.setdefault(int(i), {})[key] = file.read(name)
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(file.metadata["step"]), float(file.metadata["seconds"])
+    metrics = {name.removeprefix("metrics."): file.read(name) for name in file.names() if name.startswith("metrics.")}
+    return int(file.metadata["step"]), float(file.metadata["seconds"]), metrics
 
 
 # ---------------------------------------------------------------- what a run without released weights makes for itself
@@ -271,7 +280,8 @@ def train_vae(config: TrainConfig, path: Path) -> None:
     """
     rng, generator = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed)
-    scenes = [shapes.random_scene(rng, rng.randint(1, 9)) for _ in range(4096)]
+    drawn = (shapes.random_scene(rng, rng.randint(1, 9)) for _ in itertools.count())
+    scenes = list(itertools.islice((scene for scene in drawn if not shapes.held_out(scene)), 4096))
     pictures = torch.from_numpy(np.stack([shapes.render(s) for s in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
     vae = VAE(replace(config.vae, scale=1.0, shift=0.0))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0)
@@ -352,14 +362,24 @@ class Metrics:
 
     def __init__(self, path: Path, step: int, ranks: Ranks):
         self.path, self.ranks, self.sums, self.count = path, ranks, {}, 0
-        if ranks.first and path.exists():                       # what a resumed run does again goes
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        if ranks.first and path.exists():                       # what a resumed run does again goes, and a line that a kill cut off
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
             write_atomically(path, lambda file: file.write_text("".join(line + "\n" for line in kept)))
 
     def add(self, values: dict[str, Tensor]) -> None:
         self.count += 1
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums of an unfinished line, for a checkpoint; every rank must call it."""
+        return {name: mean_over_ranks(value.clone(), self.ranks) for name, value in self.sums.items()} | {
+            "count": torch.tensor(self.count)}
+
+    def load_state(self, state: dict[str, Tensor], device: torch.device) -> None:
+        self.count = int(state.pop("count"))
+        self.sums = {name: value.to(device) for name, value in state.items()}
 
     def write(self, step: int, **extra: float) -> dict[str, float]:
         means = mean_over_ranks(torch.stack(list(self.sums.values())) / self.count, self.ranks).tolist()
@@ -397,29 +417,56 @@ def check_parts(config: TrainConfig, model: MMDiT, text_encoder: T5Encoder, vae:
     c, pixels = model.config, vae.downscale * model.config.patch_size
     if config.sampling.image_size % pixels:
         raise ValueError(f"--sampling.image_size {config.sampling.image_size}: expected a multiple of {pixels} (autoencoder and patches)")
+    if config.sampling.image_size // pixels > c.position_table:
+        raise ValueError(f"--sampling.image_size {config.sampling.image_size}: the model has positions up to {pixels * c.position_table}")
+    if c.text_positions and config.sampling.text_length > c.text_positions:
+        raise ValueError(f"--sampling.text_length {config.sampling.text_length}: the model has positions for {c.text_positions} tokens")
     for what, wanted, found in (("text_dim", c.text_dim, text_encoder.config.dim), ("vocab_size", c.vocab_size, tokenizer.vocab_size),
                                 ("latent_channels", c.latent_channels, vae.config.latent_channels)):
         if wanted != found:
             raise ValueError(f"the parts do not fit together: {what} is {wanted} in the model and {found} in the frozen part beside it")
 
 
-def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
-    """Train to config.steps from the newest checkpoint of the run, or from the start. False if a signal stopped it before."""
+def _as_it_is(batch):
+    return batch                                                # the dataset returns whole batches
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def caught_signals():
+    """A list to which SIGINT and SIGTERM add themselves instead of ending the process."""
+    signals = []
+    before = {n: signal.signal(n, lambda number, frame: signals.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path, signals: list) -> bool:
+    """Train to config.steps from the newest checkpoint of the run, or from the start; a signal in `signals` stops it: False."""
     device, resumed = ranks.device, newest_checkpoint(run)
     tokenizer, text_encoder, vae = load_frozen(config, parts, device)
     dataset = Pairs(parts.data, tokenizer, config.sampling.image_size, config.sampling.text_length)
     model, average = load_models(config, tokenizer.vocab_size, resumed, device)
     check_parts(config, model, text_encoder, vae, tokenizer)
     optimizers = make_optimizers(model, config)
-    step, seconds = load_optimizers(optimizers, resumed) if resumed else (0, 0.0)
+    step, seconds, unfinished = load_optimizers(optimizers, resumed, ranks.world) if resumed else (0, 0.0, None)
     if config.cache_latents:
         dataset.latents = encode_all(dataset, vae, device)
-    wrapped = DistributedDataParallel(model, find_unused_parameters=True) if ranks.world > 1 else model
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True, forward_sync_buffers=False) if ranks.world > 1 else model
     order = BatchOrder(len(dataset), config.batch_size, config.seed, ranks.rank, ranks.world, step * config.accumulation)
-    batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=config.workers, collate_fn=lambda batch: batch))
+    batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=config.workers, collate_fn=_as_it_is,
+                              worker_init_fn=_leave_signals_to_the_main_process))
     empty = tokenizer([""], length=config.sampling.text_length).to(device)                    # (1, L)
-    metrics, signals = Metrics(run / "metrics.jsonl", step, ranks), []
-    before = {n: signal.signal(n, lambda number, frame: signals.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    metrics = Metrics(run / "metrics.jsonl", step, ranks)
+    if resumed:
+        metrics.load_state(unfinished, device)
 
     start = time.time() - seconds
     bar = tqdm(total=config.steps, initial=step, desc="training", unit="step", disable=not ranks.first)
@@ -455,13 +502,13 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
             line = metrics.write(step, grad_norm=round(norm.item(), 4), seconds=round(time.time() - start, 1))
             bar.set_postfix({name: f"{line[name]:.3f}" for name in ("flow_matching", "masked_token")})
         stopping = mean_over_ranks(torch.tensor(float(len(signals)), device=device), ranks).item() > 0    # one rank's signal stops all
-        if ranks.first and (stopping or step % config.save_every == 0 or step == config.steps):
-            save_checkpoint(run, step, time.time() - start, model, average, optimizers)
+        if stopping or step % config.save_every == 0 or step == config.steps:
+            unfinished = metrics.state()
+            if ranks.first:
+                save_checkpoint(run, step, time.time() - start, model, average, optimizers, unfinished, ranks.world)
         if stopping:
             break
     bar.close()
-    for number, handler in before.items():
-        signal.signal(number, handler)
     return step == config.steps
 
 
@@ -503,8 +550,8 @@ def _override(default, values: dict[str, object], prefix: str = ""):
     return replace(default, **changes)
 
 
-def parse_arguments(argv: list[str] | None = None) -> tuple[TrainConfig, bool]:
-    """The configuration and whether to resume. The preset is read first, so that --help shows its defaults."""
+def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
+    """A preset with what the command line changes, or with --resume the run's. The preset is read first: --help shows its defaults."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="tiny")
     preset = PRESETS[first.parse_known_args(argv)[0].preset]
@@ -527,14 +574,17 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[TrainConfig, bool]:
             p.error(f"--resume: {config.out} holds no run (no run.json); start one without --resume")
         if set(values) - {"out"}:
             p.error(f"--resume takes the configuration from {file}; remove --{', --'.join(sorted(set(values) - {'out'}))}")
-        return read_config(file), True
-    if file.exists():
+        try:
+            return replace(read_config(file), out=config.out)   # the folder may have moved
+        except ValueError as error:
+            p.error(str(error))
+    if file.exists() and (newest_checkpoint(file.parent) or (file.parent / "data").exists()):
         p.error(f"{config.out} already holds a run; continue it with --resume, choose another --out, or remove the folder")
     for path, group in (("init", "model."), ("vae_path", "vae."), ("t5_path", "text_encoder.")):
         if getattr(config, path) and (given := [v for v in values if v.startswith(group)]):
             p.error(f"--{given[0]} has no effect beside --{path}: the checkpoint brings its own configuration; remove one of them")
     positive = ("steps", "batch_size", "accumulation", "log_every", "save_every", "lr", "clip")
-    if wrong := [name for name in positive if getattr(config, name) <= 0]:
+    if wrong := [name for name in positive if not getattr(config, name) > 0]:
         p.error(f"--{wrong[0]} must be positive")
     for name in ("data", "init", "vae_path", "t5_path", "tokenizer_path", "mask_token"):
         if (path := getattr(config, name)) and not Path(path).exists():
@@ -543,7 +593,9 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[TrainConfig, bool]:
         made_by_the_run = config.train_scenes if name == "data" else config.vae_steps
         if not made_by_the_run and not getattr(config, name):
             p.error(f"--{name} is needed: this preset does not make one ({TrainConfig.__dataclass_fields__[name].metadata['help']})")
-    return config, False
+    if not config.data and (config.test_scenes <= 0 or config.sampling.image_size != shapes.SIZE):
+        p.error(f"the shapes world needs --test_scenes above 0 and --sampling.image_size {shapes.SIZE}")
+    return config
 
 
 def read_config(file: Path) -> TrainConfig:
@@ -556,24 +608,27 @@ def read_config(file: Path) -> TrainConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, _ = parse_arguments(argv)
+    config = parse_arguments(argv)
     run, ranks = Path(config.out), start_ranks()
     try:
+        mean_over_ranks(torch.zeros(1, device=ranks.device), ranks)     # no rank is still reading its arguments
         if ranks.first:
             run.mkdir(parents=True, exist_ok=True)
             write_atomically(run / "run.json", lambda file: file.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n"))
-            parts = prepare(config, run)
+            prepare(config, run)
         if ranks.world > 1:
             dist.barrier()
         parts = prepare(config, run)
-        with timed(run, "model") if ranks.first else contextlib.nullcontext():
-            finished = train(config, ranks, parts, run)
+        with timed(run, "model") if ranks.first else contextlib.nullcontext(), caught_signals() as signals:
+            finished = train(config, ranks, parts, run, signals)
+        if ranks.first and finished and parts.test:
+            print_scores(evaluate_run(run, ranks.device))
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(f"interrupted; continue with: python train.py --resume --out {run}")
     finally:
-        if ranks.world > 1 and sys.exc_info()[0] is None:
+        if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.barrier()                                      # nobody leaves while another still talks to it
             dist.destroy_process_group()
     if not ranks.first:
@@ -583,9 +638,6 @@ def main(argv: list[str] | None = None) -> None:
         return
     print(f"finished: {newest_checkpoint(run)}")
     if parts.test:
-        with timed(run, "evaluation"):
-            scores = evaluate_run(run, ranks.device)
-        print_scores(scores)
         prompt = "a large red circle at the top left and a small blue square at the center on a gray background"
         print(f"\nthe report: {run}/report.html    the samples: {run}/samples.png    try next:\n"
               f'  python sample.py --run {run} "{prompt}"\n'

@@ -1,12 +1,15 @@
 """What the tests share: the reference outputs, and checkpoints of full size that take no room on the disk."""
 import json
 import math
+import os
 import struct
 import sys
 from pathlib import Path
 
 from safetensors import safe_open
 from torch import Tensor
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""         # the tests compare bit for bit, which holds on the CPU only
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS.parent))

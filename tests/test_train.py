@@ -198,8 +198,8 @@ def test_miniature_of_the_main_job(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--preset", "mini", "--out", str(run)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = metrics(run)
-    assert lines[-1]["flow_matching"] < 0.9 * lines[0]["flow_matching"]
-    assert lines[-1]["masked_token"] < 0.9 * lines[0]["masked_token"]
+    assert lines[-1]["flow_matching"] < 0.7 * lines[0]["flow_matching"]
+    assert lines[-1]["masked_token"] < 0.7 * lines[0]["masked_token"]
     assert "generated scenes exact" in done.stdout
     picture = tmp_path / "picture.png"
     drawn = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--run", str(run), "--out", str(picture),
