@@ -16,9 +16,10 @@ from checkpoint import Checkpoint
 from model import MMDiT, MMDiTConfig
 
 ROOT = Path(__file__).parent.parent
-QUICK = ["--preset", "mini", "--train_scenes", "120", "--test_scenes", "6", "--vae_steps", "2", "--steps", "6", "--log_every", "1",
-         "--save_every", "3", "--model.width", "32", "--model.depth", "2", "--model.num_heads", "2", "--vae.block_channels", "16",
-         "--text_encoder.dim", "32", "--model.text_dim", "32", "--sampling.steps", "2", "--sampling.text_steps", "2", "--batch_size", "4"]
+LOOP = ["--preset", "mini", "--train_scenes", "120", "--test_scenes", "6", "--vae_steps", "2", "--steps", "6", "--log_every", "1",
+        "--save_every", "3", "--model.width", "32", "--model.depth", "2", "--model.num_heads", "2", "--model.text_dim", "32",
+        "--sampling.steps", "2", "--sampling.text_steps", "2", "--batch_size", "4"]
+QUICK = [*LOOP, "--vae.block_channels", "16", "--text_encoder.dim", "32"]
 
 
 def metrics(run: Path) -> list[dict]:
@@ -40,6 +41,12 @@ def finished(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
     train.main([*QUICK, "--out", str(run)])
     return run
+
+
+def parts_of(run: Path) -> list[str]:
+    """The options that take the frozen parts of another run."""
+    return ["--vae_path", str(run / "vae.safetensors"), "--t5_path", str(run / "text_encoder.safetensors"),
+            "--tokenizer_path", str(run / "tokenizer.model")]
 
 
 def interrupt(monkeypatch, after: int) -> None:
@@ -70,10 +77,58 @@ def test_resume_is_exact(finished, tmp_path, monkeypatch, capsys, after):
         assert expected.keys() == found.keys() and all(torch.equal(expected[n], found[n]) for n in expected)
 
 
+def test_resume_in_the_middle_of_a_line(tmp_path, monkeypatch):
+    """A line of metrics.jsonl that a stop cuts in two is that of a run which was never stopped."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    arguments = [*QUICK, "--log_every", "4"]
+    train.main([*arguments, "--out", str(whole)])
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2)
+        train.main([*arguments, "--out", str(run)])
+    train.main(["--resume", "--out", str(run)])
+    assert losses(run) == losses(whole) and [m["step"] for m in metrics(run)] == [4, 6]
+
+
+def test_a_moved_run_resumes_where_it_is(finished, tmp_path, monkeypatch):
+    run, moved = tmp_path / "run", tmp_path / "elsewhere" / "moved"
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3)
+        train.main([*QUICK, "--out", str(run)])
+    moved.parent.mkdir()
+    run.rename(moved)
+    train.main(["--resume", "--out", str(moved)])
+    assert losses(moved) == losses(finished) and not run.exists()
+
+
+def test_another_number_of_ranks_is_refused(finished, tmp_path):
+    optimizers = train.make_optimizers(MMDiT.from_pretrained(finished / "checkpoint-00000006" / "model.safetensors"), train.PRESETS["mini"])
+    with pytest.raises(ValueError, match="1 ranks, resumed by 2"):
+        train.load_optimizers(optimizers, finished / "checkpoint-00000006", world=2)
+
+
+def test_parts_from_elsewhere(finished, tmp_path):
+    """A run whose frozen parts lie in other folders is trained, scored and sampled like any other."""
+    run = tmp_path / "run"
+    train.main([*LOOP, *parts_of(finished), "--out", str(run), "--seed", "20240101"])
+    assert (run / "report.html").exists() and not (run / "vae.safetensors").exists()
+
+
+def test_parts_that_do_not_fit(finished, tmp_path):
+    """Named before any training, and the corrected command may use the same folder."""
+    arguments = [*LOOP, *parts_of(finished), "--data", str(finished / "data" / "train.jsonl"), "--out", str(tmp_path / "run")]
+    for wrong, named in ((["--model.text_dim", "48"], "text_dim"), (["--sampling.image_size", "60"], "image_size"),
+                         (["--sampling.text_length", "64"], "text_length"), (["--sampling.image_size", "256"], "image_size")):
+        with pytest.raises(SystemExit) as stopped:
+            train.main([*arguments, *wrong])
+        assert named in str(stopped.value.code)
+
+
 def test_outputs(finished):
     scores = json.loads((finished / "scores.json").read_text())
     assert set(scores) == {"seconds", "text_to_image", "captions", "ceiling"} and scores["text_to_image"]["n"] == 6
-    assert scores["ceiling"]["scorer"] == 1.0 and {"total", "vae", "model"} <= set(scores["seconds"])
+    seconds = scores["seconds"]
+    assert scores["ceiling"]["scorer"] == 1.0 and {"world", "vae", "model", "evaluation"} <= set(seconds)
+    assert seconds["total"] == pytest.approx(sum(v for k, v in seconds.items() if k != "total"), abs=0.2)
     assert Image.open(finished / "samples.png").size[0] > 500
     page = (finished / "report.html").read_text()
     assert "<svg" in page and "data:image/png;base64," in page and "http" not in page
@@ -144,7 +199,8 @@ def test_unknown_and_ill_typed_fields(tmp_path, capsys):
                              (["--decay", "perhaps"], "--decay"), (["--steps", "0"], "--steps"), (["--data", "no.jsonl"], "no.jsonl"),
                              (["--preset", "huge"], "huge"), (["--init", __file__, "--model.width", "64"], "--model.width"),
                              (["--preset", "sd3", "--data", __file__], "--vae_path"), (["--preset", "sd3"], "--data"),
-                              (["--model.widht", "64"], "--model.widht")):
+                             (["--test_scenes", "0"], "--test_scenes"), (["--sampling.image_size", "128"], "image_size"),
+                             (["--lr", "nan"], "--lr"), (["--model.widht", "64"], "--model.widht")):
         with pytest.raises(SystemExit) as stopped:
             train.parse_arguments([*arguments, "--out", str(tmp_path / "new")])
         assert stopped.value.code == 2 and named in capsys.readouterr().err
