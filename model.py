@@ -286,7 +286,7 @@ class MMDiT(nn.Module):
         """
         self._check(latents, text, timestep, references, align_depth, want)
         rows = want if isinstance(want, Mapping) else dict.fromkeys(want, slice(None))
-        condition = F.silu(self.time_embed(timestep_embedding(timestep).to(text.dtype)))      # (B, D)
+        condition = F.silu(self.time_embed(timestep_embedding(timestep).to(self.pos_embed.dtype)))      # (B, D)
         text = self.text_embed(text).to(self.pos_embed.dtype)     # both streams in full precision under autocast       (B, L, D)
         if self.text_pos_embed is not None:
             text = text + self.text_pos_embed[:, :text.shape[1]]                              # (B, L, D)
