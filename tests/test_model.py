@@ -473,3 +473,15 @@ def test_width_that_cannot_be_split(sizes):
 def test_unknown_override(tmp_path):
     with pytest.raises(ValueError, match="unknown field 'heads'"):
         MMDiT.from_pretrained(write_folder(tmp_path, "unialignment_mmdit"), heads=4)
+
+
+@pytest.mark.parametrize("tokens", [20, 300])
+def test_attention_and_its_gradient_are_those_of_the_formula(tokens):
+    """Both ways to compute it, the one for short and the one for long sequences."""
+    q, k, v = (torch.randn(2, 3, tokens, 8, requires_grad=True) for _ in range(3))
+    scores = torch.einsum("bhid,bhjd->bhij", q.double(), k.double()) / math.sqrt(8)
+    expected = torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), v.double())
+    found, weight = attention(q, k, v), torch.randn(2, 3, tokens, 8)
+    close(found.double(), expected, atol=1e-5)
+    for a, b in zip(torch.autograd.grad((found * weight).sum(), (q, k, v)), torch.autograd.grad((expected * weight).sum(), (q, k, v))):
+        close(a, b, atol=1e-4)
