@@ -29,6 +29,12 @@ from shapes import Scene
 
 # ---------------------------------------------------------------- scores
 
+def by_count(scenes: Sequence[Scene], exact: np.ndarray) -> dict[str, float]:
+    """The share of exact ones among the scenes with one, two, ... objects."""
+    counts = np.array([len(scene.objects) for scene in scenes])
+    return {str(c): float(exact[counts == c].mean()) for c in sorted(set(counts.tolist()))}
+
+
 def compare_pictures(scenes: Sequence[Scene], pictures: Sequence[np.ndarray]) -> dict:
     """How well pictures (64, 64, 3) uint8 show the scenes that they should.
 
@@ -39,13 +45,12 @@ def compare_pictures(scenes: Sequence[Scene], pictures: Sequence[np.ndarray]) ->
     """
     read = [shapes.read_picture(picture) for picture in pictures]
     exact = np.array([found.content() == scene.content() for scene, (found, _) in zip(scenes, read)])
-    counts = np.array([len(scene.objects) for scene in scenes])
     pairs = [(wanted, next((o for o in found.objects if o.cell == wanted.cell), None))
              for scene, (found, _) in zip(scenes, read) for wanted in scene.objects]
     return {"n": len(scenes),
             "objects": float(np.mean([found is not None and found[:4] == wanted[:4] for wanted, found in pairs])),
             "exact": float(exact.mean()),
-            "exact_by_count": {str(c): float(exact[counts == c].mean()) for c in sorted(set(counts.tolist()))},
+            "exact_by_count": by_count(scenes, exact),
             "place": float(np.mean([found is not None for _, found in pairs]))} | {
             name: float(np.mean([found is not None and getattr(found, name) == getattr(wanted, name) for wanted, found in pairs]))
             for name in ("shape", "color", "size")} | {
@@ -57,9 +62,7 @@ def compare_captions(scenes: Sequence[Scene], captions: Sequence[str]) -> dict:
     """Share of captions that parse into exactly their scene."""
     parsed = [shapes.parse_caption(text) for text in captions]
     exact = np.array([found is not None and found.content() == scene.content() for scene, found in zip(scenes, parsed)])
-    counts = np.array([len(scene.objects) for scene in scenes])
-    return {"n": len(scenes), "exact": float(exact.mean()),
-            "exact_by_count": {str(c): float(exact[counts == c].mean()) for c in sorted(set(counts.tolist()))},
+    return {"n": len(scenes), "exact": float(exact.mean()), "exact_by_count": by_count(scenes, exact),
             "grammatical": float(np.mean([found is not None for found in parsed]))}
 
 

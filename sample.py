@@ -149,11 +149,23 @@ class Pipeline:
     settings: SampleSettings
 
     @classmethod
+    def from_parts(cls, model: Path, vae: Path, t5: Path, tokenizer: Path, mask_token: Path | None, settings: SampleSettings,
+                   dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> "Pipeline":
+        """Checkpoints of the four parts, in any layout. Raises ValueError where one cannot be read or the size cannot be drawn."""
+        tokens = T5Tokenizer(tokenizer, padding_id=settings.padding_id)
+        autoencoder = VAE.from_pretrained(vae, dtype=dtype, device=device).eval()
+        mmdit = MMDiT.from_pretrained(model, dtype=dtype, device=device).eval()
+        if settings.image_size % (autoencoder.downscale * mmdit.config.patch_size):
+            raise ValueError(f"image size {settings.image_size}: expected a multiple of {autoencoder.downscale * mmdit.config.patch_size}")
+        text_encoder = T5Encoder.from_pretrained(t5, mask_token=mask_token, dtype=dtype, device=device).eval()
+        return cls(tokens, text_encoder, autoencoder, mmdit, settings)
+
+    @classmethod
     def from_run(cls, run: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> "Pipeline":
         """The newest checkpoint (averaged weights) of a training run. Raises ValueError where something is missing."""
         run = Path(run)
-        checkpoints = sorted(run.glob("checkpoint-*/ema.safetensors"))
-        if not checkpoints or not (run / "run.json").is_file():
+        averaged = max(run.glob("checkpoint-*/ema.safetensors"), default=None)
+        if not averaged or not (run / "run.json").is_file():
             raise ValueError(f"{run}: holds no trained model; train one with python train.py, or name the parts of a released one "
                              "(--model, --vae, --t5, --tokenizer)")
         origin = str(run / "run.json")
@@ -161,12 +173,10 @@ class Pipeline:
         if "sampling" not in values:
             raise ValueError(f"{origin}: no 'sampling' in it; expected the run.json that train.py writes")
         settings = make_config(SampleSettings, values["sampling"], origin)
-        tokenizer = T5Tokenizer(values.get("tokenizer_path") or run / "tokenizer.model", padding_id=settings.padding_id)
-        text_encoder = T5Encoder.from_pretrained(values.get("t5_path") or run / "text_encoder.safetensors",
-                                                 mask_token=values.get("mask_token") or None, dtype=dtype, device=device)
-        vae = VAE.from_pretrained(values.get("vae_path") or run / "vae.safetensors", dtype=dtype, device=device)
-        model = MMDiT.from_pretrained(checkpoints[-1], dtype=dtype, device=device)
-        return cls(tokenizer, text_encoder.eval(), vae.eval(), model.eval(), settings)
+        return cls.from_parts(averaged, values.get("vae_path") or run / "vae.safetensors",
+                              values.get("t5_path") or run / "text_encoder.safetensors",
+                              values.get("tokenizer_path") or run / "tokenizer.model", values.get("mask_token") or None,
+                              settings, dtype, device)
 
     @property
     def device(self) -> torch.device:
@@ -230,7 +240,7 @@ def _free_names(folder: Path, count: int) -> list[Path]:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""examples:
   python sample.py "a small green triangle at the center on a black background" --seed 3 --out triangle.png
-  python sample.py --prompts prompts.txt --out pictures/          one prompt a line, all in one batch
+  python sample.py --prompts prompts.txt --out pictures/          one prompt a line, sixteen in a batch
   python sample.py --describe a.png b.png --order ancestral --temperature 1
   python sample.py "a photo of a cat" --model UniAlignment/transformer --vae sd3/vae --t5 sd3/text_encoder_3 --tokenizer spiece.model
   python sample.py "a photo of a cat" --model sd3_medium_incl_clips_t5xxlfp8.safetensors --tokenizer spiece.model --padding-id 0""")
@@ -288,22 +298,17 @@ def _load(a: argparse.Namespace) -> Pipeline:
     dtype = getattr(torch, a.dtype or ("float32" if a.device == "cpu" else "bfloat16"))
     if not a.model:
         return Pipeline.from_run(a.run, dtype, a.device)
-    tokenizer = T5Tokenizer(a.tokenizer, padding_id=a.padding_id)
-    vae = VAE.from_pretrained(a.vae or a.model, dtype=dtype, device=a.device).eval()
-    model = MMDiT.from_pretrained(a.model, dtype=dtype, device=a.device).eval()
-    if a.image_size % (vae.downscale * model.config.patch_size):
-        raise ValueError(f"--image-size {a.image_size}: expected a multiple of {vae.downscale * model.config.patch_size}")
-    text_encoder = T5Encoder.from_pretrained(a.t5 or a.model, mask_token=a.mask_token, dtype=dtype, device=a.device).eval()
-    return Pipeline(tokenizer, text_encoder, vae, model, SampleSettings(image_size=a.image_size, padding_id=a.padding_id))
+    settings = SampleSettings(image_size=a.image_size, padding_id=a.padding_id)
+    return Pipeline.from_parts(a.model, a.vae or a.model, a.t5 or a.model, a.tokenizer, a.mask_token, settings, dtype, a.device)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     a = _arguments(argv)
     try:
         pipeline = _load(a)
-        if a.describe and not pipeline.model.text_head.weight.any():
-            raise ValueError(f"{a.model or a.run}: cannot write, its text head is all zero as that of plain SD3; use a dual checkpoint")
         if a.describe:
+            if not pipeline.model.text_head.weight.any():
+                raise ValueError(f"{a.model or a.run}: cannot write, its text head is all zero as plain SD3's; use a dual checkpoint")
             pictures = torch.stack([load_image(path, pipeline.settings.image_size) for path in a.describe])
             captions = pipeline.caption(pictures, a.seed, a.steps, a.order, a.temperature, progress=True)
             for path, text in zip(a.describe, captions):

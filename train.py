@@ -15,7 +15,6 @@ import dataclasses
 import io
 import itertools
 import json
-import math
 import os
 import random
 import shutil
@@ -42,7 +41,7 @@ from data import BatchOrder, Pairs, read_jsonl
 from evaluate import evaluate_run, print_scores
 from losses import contrastive_loss, flow_matching_loss, masked_token_loss, total_loss
 from model import MMDiT, MMDiTConfig
-from sample import Pipeline, SampleSettings
+from sample import SampleSettings
 from text_encoder import T5Config, T5Encoder, T5Tokenizer
 from vae import VAE, VAEConfig
 
@@ -457,7 +456,7 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path, signals: l
     check_parts(config, model, text_encoder, vae, tokenizer)
     optimizers = make_optimizers(model, config)
     step, seconds, unfinished = load_optimizers(optimizers, resumed, ranks.world) if resumed else (0, 0.0, None)
-    if config.cache_latents:
+    if config.cache_latents and step < config.steps:
         dataset.latents = encode_all(dataset, vae, device)
     wrapped = DistributedDataParallel(model, find_unused_parameters=True, forward_sync_buffers=False) if ranks.world > 1 else model
     order = BatchOrder(len(dataset), config.batch_size, config.seed, ranks.rank, ranks.world, step * config.accumulation)
