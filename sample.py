@@ -1,8 +1,15 @@
-"""Sampling: pictures by flow matching, text by masked diffusion (UniAlignment, arXiv 2509.23760, section 3), and the command line.
+"""Sampling: pictures by flow matching, text by masked diffusion (UniAlignment, arXiv 2509.23760, section 3); the command line.
 
-    python sample.py "a large red circle at the top left on a gray background"      draw a prompt (several prompts: several pictures)
-    python sample.py --describe picture.png                                         caption pictures
-    python sample.py --help                                                         everything else, and real checkpoints
+  python sample.py "a large red circle at the top left on a gray background"      draw a prompt (or several: several pictures)
+  python sample.py --describe picture.png                                         caption pictures
+  python sample.py --image picture.png --ask "what color is the circle?"          answer questions (--ask again: another one)
+  python sample.py --image picture.png --edit "make the red circle blue"          edit a picture
+  python sample.py --image picture.png --edit "make the red circle blue" --edit "remove the green square"     edit it in turns
+  python sample.py --image a.png b.png --edit "put the object of picture 1 left of the object of picture 2 on a black background"
+  python sample.py --image picture.png --edges                                    draw the edges of a picture
+  python sample.py --image picture.png --depth                                    draw its depth
+  python sample.py --image picture.png --pose                                     draw the pose of what it shows
+  python sample.py --help                                                         everything else, and real checkpoints
 
 One loop integrates every picture, one loop fills in every text; what a task is, only its inputs say.
 """
@@ -74,7 +81,7 @@ def generate(model: MMDiT, noise: Tensor, text: Tensor, empty_text: Tensor, step
 # ---------------------------------------------------------------- text
 
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """A token for every position and the model's probability of it; both (B, L). The mask token is the last class and never drawn.
+    """A token for every position and the model's probability of it; both (B, L). The mask token, the last class, is never drawn.
 
     The Gumbel noise is in float64: in float32 it cuts off the tail, which lowers the temperature unseen (arXiv 2409.02908).
     """
@@ -99,8 +106,8 @@ def describe(model: MMDiT, text_encoder: Callable[[Tensor], Tensor], latents: Te
     temperature: 0 takes the most probable token, 1 draws from the model's distribution.
     """
     if order not in ("confidence", "ancestral") or steps < 1 or temperature < 0:
-        raise ValueError(f"order = {order!r}, steps = {steps}, temperature = {temperature}; expected 'confidence' or 'ancestral', "
-                         "at least one step and a temperature of at least 0")
+        raise ValueError(f"order = {order!r}, steps = {steps}, temperature = {temperature}; "
+                         "expected 'confidence' or 'ancestral', at least one step and a temperature of at least 0")
     tokens, timestep = tokens.clone(), torch.zeros(len(tokens), device=tokens.device)
     t = torch.linspace(1, 1e-5, steps + 1, dtype=torch.float64).tolist()
     wanted, logits = (tokens == mask_id).sum(dim=1), None                                     # (B,)
@@ -151,12 +158,12 @@ class Pipeline:
     @classmethod
     def from_parts(cls, model: Path, vae: Path, t5: Path, tokenizer: Path, mask_token: Path | None, settings: SampleSettings,
                    dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> "Pipeline":
-        """Checkpoints of the four parts, in any layout. Raises ValueError where one cannot be read or the size cannot be drawn."""
+        """Checkpoints of the four parts, in any layout. ValueError where one cannot be read or the size cannot be drawn."""
         tokens = T5Tokenizer(tokenizer, padding_id=settings.padding_id)
         autoencoder = VAE.from_pretrained(vae, dtype=dtype, device=device).eval()
         mmdit = MMDiT.from_pretrained(model, dtype=dtype, device=device).eval()
-        if settings.image_size % (autoencoder.downscale * mmdit.config.patch_size):
-            raise ValueError(f"image size {settings.image_size}: expected a multiple of {autoencoder.downscale * mmdit.config.patch_size}")
+        if settings.image_size % (unit := autoencoder.downscale * mmdit.config.patch_size):
+            raise ValueError(f"image size {settings.image_size}: expected a multiple of {unit}")
         text_encoder = T5Encoder.from_pretrained(t5, mask_token=mask_token, dtype=dtype, device=device).eval()
         return cls(tokens, text_encoder, autoencoder, mmdit, settings)
 
@@ -166,8 +173,8 @@ class Pipeline:
         run = Path(run)
         averaged = max(run.glob("checkpoint-*/ema.safetensors"), default=None)
         if not averaged or not (run / "run.json").is_file():
-            raise ValueError(f"{run}: holds no trained model; train one with python train.py, or name the parts of a released one "
-                             "(--model, --vae, --t5, --tokenizer)")
+            raise ValueError(f"{run}: holds no trained model; train one with python train.py, "
+                             "or name the parts of a released one (--model, --vae, --t5, --tokenizer)")
         origin = str(run / "run.json")
         values = read_json((run / "run.json").read_bytes(), origin)
         if "sampling" not in values:
@@ -202,15 +209,20 @@ class Pipeline:
                            s.guidance if guidance is None else guidance, s.shift, references, progress)
         return self.vae.decode(latents.to(texts.dtype)).float().clamp(-1, 1)                  # (B, 3, H, W)
 
+    def edit(self, prompts: Sequence[str], sources: Sequence[Tensor], seed: int = 0, steps: int | None = None,
+             guidance: float | None = None, progress: bool = False) -> Tensor:
+        """Pictures (B, 3, H, W) as `draw` makes them, from any number of source pictures, each (B, 3, H', W') in [-1, 1]."""
+        return self.draw(prompts, seed, steps, guidance, [self.encode_images(images) for images in sources], progress)
+
     def caption(self, images: Tensor, seed: int = 0, steps: int | None = None, order: str = "confidence",
-                temperature: float = 0.0, progress: bool = False) -> list[str]:
-        """Captions of images (B, 3, H, W) in [-1, 1]."""
-        s, mask_id = self.settings, self.tokenizer.mask_id
-        tokens = torch.full((len(images), s.text_length), mask_id, device=self.device)        # (B, L)
-        ids = describe(self.model, self.encode_text, self.encode_images(images), tokens, mask_id,
+                temperature: float = 0.0, progress: bool = False, questions: Sequence[str] | None = None) -> list[str]:
+        """Captions of images (B, 3, H, W) in [-1, 1], or the answers to one question about each."""
+        s = self.settings
+        tokens, answer = self.tokenizer.dialogue([""] * len(images) if questions is None else questions, length=s.text_length)
+        ids = describe(self.model, self.encode_text, self.encode_images(images), tokens.to(self.device), self.tokenizer.mask_id,
                        s.text_steps if steps is None else steps, order, temperature,
-                       torch.Generator(self.device).manual_seed(seed), progress)
-        return self.tokenizer.decode(ids)
+                       torch.Generator(self.device).manual_seed(seed), progress)              # (B, L)
+        return self.tokenizer.decode([row[wanted].tolist() for row, wanted in zip(ids.cpu(), answer)])
 
     def warnings(self, prompt: str) -> list[str]:
         """What about a prompt the model cannot see: words its tokenizer does not know, and what is too long."""
@@ -231,30 +243,40 @@ def save_picture(picture, path: Path, **metadata) -> None:
     Image.fromarray(picture).save(path, pnginfo=info)
 
 
-def _free_names(folder: Path, count: int) -> list[Path]:
-    """The next `count` numbered PNG names in a folder; nothing is overwritten."""
-    used = [int(f.stem) for f in folder.glob("*.png") if f.stem.isdigit()]
-    return [folder / f"{max(used, default=0) + 1 + i:04d}.png" for i in range(count)]
+def _names(out: Path, count: int) -> list[Path]:
+    """Where `count` pictures go: x.png, or x-1.png, x-2.png, ...; in a folder the next free numbers."""
+    if out.suffix == ".png" and not out.is_dir():
+        return [out] if count == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(count)]
+    used = [int(f.stem) for f in out.glob("*.png") if f.stem.isdigit()]
+    return [out / f"{max(used, default=0) + 1 + i:04d}.png" for i in range(count)]
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""examples:
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__, epilog="""examples:
   python sample.py "a small green triangle at the center on a black background" --seed 3 --out triangle.png
   python sample.py --prompts prompts.txt --out pictures/          one prompt a line, sixteen in a batch
   python sample.py --describe a.png b.png --order ancestral --temperature 1
-  python sample.py "a photo of a cat" --model UniAlignment/transformer --vae sd3/vae --t5 sd3/text_encoder_3 --tokenizer spiece.model
-  python sample.py "a photo of a cat" --model sd3_medium_incl_clips_t5xxlfp8.safetensors --tokenizer spiece.model --padding-id 0""")
+  python sample.py "a cat" --model UniAlignment/transformer --vae sd3/vae --t5 sd3/text_encoder_3 --tokenizer spiece.model
+  python sample.py "a cat" --model sd3_medium_incl_clips_t5xxlfp8.safetensors --tokenizer spiece.model --padding-id 0""")
     p.add_argument("prompt", nargs="*", help="texts to draw, one picture each")
-    p.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with one prompt a line")
-    p.add_argument("--describe", nargs="+", type=Path, metavar="PICTURE", help="caption these pictures instead of drawing")
-    p.add_argument("--out", type=Path, default=Path("pictures"),
-                   help="a .png (one prompt) or a folder that gets numbered files (default: %(default)s)")
+    task = p.add_mutually_exclusive_group()
+    task.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with one prompt a line")
+    task.add_argument("--describe", nargs="+", type=Path, default=[], metavar="PICTURE", help="caption these pictures")
+    task.add_argument("--ask", action="append", default=[], metavar="QUESTION", help="answer this about --image; repeatable")
+    task.add_argument("--edit", action="append", default=[], metavar="INSTRUCTION",
+                      help="edit or compose the pictures of --image; given again, it edits the last result")
+    for kind in ("edges", "depth", "pose"):
+        task.add_argument(f"--{kind}", dest="kind", action="store_const", const=kind, help=f"draw the {kind} of --image")
+    p.add_argument("--image", nargs="+", action="extend", type=Path, default=[], metavar="PICTURE",
+                   help="what --ask, --edit, --edges, --depth and --pose look at")
+    p.add_argument("--out", type=Path, default=Path("pictures"), help="a .png (of several turns: x-1.png, x-2.png, ...) or a "
+                   "folder that gets numbered files (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same result (default: %(default)s)")
     p.add_argument("--steps", type=int, help="Euler steps of a picture, or steps of filling in a text")
     p.add_argument("--guidance", type=float, help="weight of the prompt; 1 is none and twice as fast")
     p.add_argument("--order", choices=("confidence", "ancestral"), default="confidence",
                    help="which tokens of a text come first (default: %(default)s)")
-    p.add_argument("--temperature", type=float, default=0.0, help="of the text; 0: the most probable tokens (default: %(default)s)")
+    p.add_argument("--temperature", type=float, default=0.0, help="of the text; 0: the most probable (default: %(default)s)")
     p.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of a training run (default: %(default)s)")
     real = p.add_argument_group("released weights, in place of --run; a part that is not named is looked for in --model")
     real.add_argument("--model", type=Path, help="MM-DiT: a file or folder, any layout")
@@ -267,6 +289,38 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     real.add_argument("--image-size", type=int, default=512, help="pixels (default: %(default)s)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of all weights (default: float32 on CPU, bfloat16 on GPU)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    return p
+
+
+def _check_task(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
+    """Stop where the texts and pictures do not make one task."""
+    if bool(a.prompt) == bool(a.describe or a.ask or a.edit):
+        p.error("give texts to draw, or one of --describe, --ask, --edit, --edges, --depth, --pose; see --help for examples")
+    if bool(a.image) != bool(a.ask or a.edit):
+        p.error("--ask, --edit, --edges, --depth and --pose need --image, and nothing else takes it")
+    if len(a.image) > 1 and (a.ask or a.kind):
+        p.error(f"--{a.kind or 'ask'} looks at one picture, found {len(a.image)} after --image")
+    if missing := [str(path) for path in a.describe + a.image if not path.is_file()]:
+        p.error(f"no such picture: {', '.join(missing)}")
+
+
+def _check_out(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
+    """Stop where the pictures cannot be written, or would be written over others."""
+    if a.out.suffix and not a.out.is_dir():
+        if a.out.suffix != ".png":
+            p.error(f"{a.out}: pictures are written as .png; name a .png file or a folder")
+        if len(a.prompt) > 1:
+            p.error(f"--out {a.out} is one picture for {len(a.prompt)} prompts; name a folder")
+    for path in _names(a.out, len(a.prompt or a.edit)):
+        if path.exists():
+            p.error(f"{path} exists; nothing is overwritten, choose another name")
+        if path.parent.exists() and not path.parent.is_dir():
+            p.error(f"{path.parent} is not a folder")
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; whatever can be told to be wrong before the model is loaded stops here."""
+    p = _parser()
     a = p.parse_args(argv)
     if a.prompts:
         if not a.prompts.is_file():
@@ -275,8 +329,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             a.prompt += [line.strip() for line in a.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
         except UnicodeDecodeError as error:
             p.error(f"{a.prompts}: not UTF-8 text ({error})")
-    if bool(a.prompt) == bool(a.describe):
-        p.error("give texts to draw, or --describe and pictures; see --help for examples")
+    if a.kind:
+        a.edit = [f"draw the {a.kind} of the picture"]
+    _check_task(p, a)
     if a.model and not a.tokenizer:
         p.error("--model needs --tokenizer, T5's spiece.model")
     if not a.model and (a.vae or a.t5 or a.tokenizer or a.mask_token):
@@ -285,12 +340,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         torch.empty(0, device=a.device)
     except (RuntimeError, AssertionError) as error:
         p.error(f"--device {a.device}: {str(error).splitlines()[0]}")
-    if a.out.suffix == ".png" and len(a.prompt) > 1:
-        p.error(f"--out {a.out} is one picture for {len(a.prompt)} prompts; name a folder")
-    if a.prompt and a.out.exists() and not a.out.is_dir():
-        p.error(f"{a.out} exists; nothing is overwritten, choose another name")
-    if a.prompt and a.out.suffix not in ("", ".png") and not a.out.is_dir():
-        p.error(f"{a.out}: pictures are written as .png; name a .png file or a folder")
+    if a.prompt or a.edit:
+        _check_out(p, a)
     return a
 
 
@@ -302,32 +353,50 @@ def _load(a: argparse.Namespace) -> Pipeline:
     return Pipeline.from_parts(a.model, a.vae or a.model, a.t5 or a.model, a.tokenizer, a.mask_token, settings, dtype, a.device)
 
 
+def _write(pipeline: Pipeline, a: argparse.Namespace) -> list[str]:
+    """A caption of each picture of --describe, or an answer to each question of --ask."""
+    if not pipeline.model.text_head.weight.any():
+        raise ValueError(f"{a.model or a.run}: cannot write, its text head is all zero as plain SD3's; use a dual checkpoint")
+    pictures = torch.stack([load_image(path, pipeline.settings.image_size) for path in a.describe or a.image * len(a.ask)])
+    return pipeline.caption(pictures, a.seed, a.steps, a.order, a.temperature, progress=True, questions=a.ask or None)
+
+
+def _draw_prompts(pipeline: Pipeline, a: argparse.Namespace) -> Tensor:
+    """A picture of each prompt, (B, 3, H, W), sixteen at a time so that any number fits into memory."""
+    return torch.cat([pipeline.draw(a.prompt[i:i + 16], a.seed + i, a.steps, a.guidance, progress=True)
+                      for i in range(0, len(a.prompt), 16)])
+
+
+def _draw_turns(pipeline: Pipeline, a: argparse.Namespace) -> Tensor:
+    """The result of each turn of --edit, (turns, 3, H, W): the first edits the given pictures, a later one the last result."""
+    sources = [load_image(path, pipeline.settings.image_size)[None] for path in a.image]      # each (1, 3, H, W)
+    results = []
+    for i, instruction in enumerate(a.edit):
+        sources = [pipeline.edit([instruction], sources, a.seed + i, a.steps, a.guidance, progress=True)]
+        results += sources
+    return torch.cat(results)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     a = _arguments(argv)
+    texts = a.prompt or a.edit
     try:
         pipeline = _load(a)
-        if a.describe:
-            if not pipeline.model.text_head.weight.any():
-                raise ValueError(f"{a.model or a.run}: cannot write, its text head is all zero as plain SD3's; use a dual checkpoint")
-            pictures = torch.stack([load_image(path, pipeline.settings.image_size) for path in a.describe])
-            captions = pipeline.caption(pictures, a.seed, a.steps, a.order, a.temperature, progress=True)
-            for path, text in zip(a.describe, captions):
-                print(f"{path}\t{text}")
+        for text in texts + a.ask:
+            for warning in pipeline.warnings(text):
+                print(f"warning: {text!r}: {warning}", file=sys.stderr)
+        if not texts:
+            for subject, text in zip(a.describe or a.ask, _write(pipeline, a)):
+                print(f"{subject}\t{text}")
             return
-        for prompt in a.prompt:
-            for warning in pipeline.warnings(prompt):
-                print(f"warning: {prompt!r}: {warning}", file=sys.stderr)
-        parts = [(i, a.prompt[i:i + 16]) for i in range(0, len(a.prompt), 16)]                # so that any number fits into memory
-        pictures = to_pictures(torch.cat([pipeline.draw(prompts, a.seed + i, a.steps, a.guidance, progress=True)
-                                          for i, prompts in parts]))
+        pictures = to_pictures((_draw_prompts if a.prompt else _draw_turns)(pipeline, a))
     except ValueError as error:
         sys.exit(f"error: {error}")
-    names = [a.out] if a.out.suffix == ".png" else _free_names(a.out, len(pictures))
-    for i, (picture, prompt, name) in enumerate(zip(pictures, a.prompt, names)):
+    for i, (picture, text, name) in enumerate(zip(pictures, texts, _names(a.out, len(texts)))):
         settings = {"seed": a.seed + i, "steps": a.steps or pipeline.settings.steps, "shift": pipeline.settings.shift,
                     "guidance": pipeline.settings.guidance if a.guidance is None else a.guidance, "model": str(a.model or a.run)}
-        save_picture(picture, name, prompt=prompt, settings=settings)
-        print(f"{name}\t{prompt}")
+        save_picture(picture, name, prompt=text, settings=settings)
+        print(f"{name}\t{text}")
 
 
 if __name__ == "__main__":

@@ -68,16 +68,38 @@ class T5Tokenizer:
                 start = sentinel.end()
         return ids + self.pieces.encode(text[start:]) + [self.eos_id]
 
+    def _fit(self, ids: list[int], length: int) -> list[int]:
+        """Exactly `length` ids: long ones are cut and end with </s> again, short ones are filled with the padding id."""
+        ids = ids if len(ids) <= length else ids[:length - 1] + [self.eos_id]
+        return ids + [self.padding_id] * (length - len(ids))
+
     def __call__(self, texts: Sequence[str], length: int = 256) -> Tensor:
         """Ids (B, length), int64. A long text is cut, its last id is still </s>; a short one is filled with the padding id."""
         if isinstance(texts, str) or length < 1:
             raise ValueError(f"expected a list of texts and a length of at least 1, got {texts!r:.80} and {length}")
-        rows = []
-        for ids in map(self.encode, texts):
-            if len(ids) > length:
-                ids = ids[:length - 1] + [self.eos_id]
-            rows.append(ids + [self.padding_id] * (length - len(ids)))
+        rows = [self._fit(self.encode(text), length) for text in texts]
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, length)                     # (B, length)
+
+    def dialogue(self, questions: Sequence[str], answers: Sequence[str] | None = None,
+                 length: int = 256) -> tuple[Tensor, Tensor]:
+        """Questions without their </s>, each followed by its answer: ids (B, length) int64, and answer (B, length) bool.
+
+        `answer` is true from the first position after the question to the end: padding is predicted as well. A caption is the
+        answer to the empty question. answers: None puts the mask token wherever `answer` is true, what the sampler starts from.
+        Raises ValueError for a question that leaves fewer than two positions.
+        """
+        if isinstance(questions, str) or isinstance(answers, str) or (answers is not None and len(answers) != len(questions)):
+            raise ValueError(f"expected a list of questions and as many answers, got {questions!r:.80} and {answers!r:.80}")
+        asked = [self.encode(question)[:-1] for question in questions]
+        for question, ids in zip(questions, asked):
+            if length - len(ids) < 2:
+                raise ValueError(f"the question {question!r:.80} has {len(ids)} tokens: too little room for an answer, "
+                                 f"expected at most {length - 2} of the length {length}")
+        rows = [self._fit(ids + self.encode(text), length) for ids, text in zip(asked, answers or [""] * len(asked))]
+        ids = torch.tensor(rows, dtype=torch.int64).reshape(-1, length)                      # (B, length)
+        starts = torch.tensor([len(ids) for ids in asked], dtype=torch.int64)                # (B,)
+        answer = torch.arange(length) >= starts[:, None]                                     # (B, length)
+        return (ids.masked_fill(answer, self.mask_id) if answers is None else ids), answer
 
     def decode(self, ids: Tensor | Sequence[Sequence[int]]) -> list[str]:
         """Texts of ids (B, L): each row up to its first </s>, without padding and sentinels."""

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from sentencepiece import SentencePieceTrainer
 
 from checkpoint import save
+from data import load_image, to_pictures
 from model import MMDiT, MMDiTConfig, Output
 from sample import Pipeline, SampleSettings, describe, flow_sigmas, generate, main
 from shapes import caption, random_scene
@@ -355,6 +356,20 @@ def test_prompts_from_a_file(run, inside, capsys):
 
 @pytest.mark.parametrize("arguments, words", [
     ([], "give texts to draw"),
+    (["--image", "x.png"], "give texts to draw, or one of --describe, --ask, --edit, --edges, --depth, --pose"),
+    (["a", "--edit", "b", "--image", "x.png"], "give texts to draw, or one of"),
+    (["a", "--image", "x.png"], "need --image, and nothing else takes it"),
+    (["--describe", "x.png", "--image", "x.png"], "nothing else takes it"),
+    (["--ask", "what?"], "--ask, --edit, --edges, --depth and --pose need --image"),
+    (["--edit", "a"], "need --image"), (["--edges"], "need --image"), (["--depth"], "need --image"), (["--pose"], "need --image"),
+    (["--edges", "--depth", "--image", "x.png"], "--depth: not allowed with argument --edges"),
+    (["--pose", "--edit", "a", "--image", "x.png"], "--edit: not allowed with argument --pose"),
+    (["--ask", "what?", "--edit", "a", "--image", "x.png"], "--edit: not allowed with argument --ask"),
+    (["--describe", "x.png", "--ask", "what?", "--image", "x.png"], "--ask: not allowed with argument --describe"),
+    (["--ask", "what?", "--image", "x.png", "y.png"], "--ask looks at one picture, found 2"),
+    (["--edges", "--image", "x.png", "--image", "y.png"], "--edges looks at one picture, found 2"),
+    (["--edit", "a", "--image", "x.png", "y.png"], "no such picture: x.png, y.png"),
+    (["--describe", "x.png"], "no such picture: x.png"),
     (["a", "--describe", "x.png"], "give texts to draw"),
     (["--prompts", "none.txt"], "none.txt: no such file"),
     (["a", "b", "--out", "x.png"], "one picture for 2 prompts"),
@@ -395,6 +410,130 @@ def test_caption_is_the_text_up_to_its_end(run):
     assert len(fake.seen) == SETTINGS["text_steps"] and torch.equal(fake.seen[0][0], latents)
     pipeline.caption(image, steps=2)
     assert len(fake.seen) == SETTINGS["text_steps"] + 2
+
+
+def test_an_answer_is_the_text_after_its_question(run):
+    pipeline, images = Pipeline.from_run(run), torch.rand(2, 3, 32, 32, generator=seeded()) * 2 - 1
+    tokenizer, questions = pipeline.tokenizer, ["a large red circle", "a square"]
+    asked, ids = [tokenizer.encode(q)[:-1] for q in questions], tokenizer.encode("a small blue square")
+    logits = torch.zeros(2, 48, tokenizer.vocab_size)
+    logits[:, :, tokenizer.encode("green")[0]] = 5                                            # wherever no other token is told
+    for row, question in zip(logits, asked):
+        row[range(len(question), len(question) + len(ids)), ids] = 9
+    fake = Fake(logits)
+    fake.pos_embed, pipeline.model, pipeline.text_encoder = pipeline.model.pos_embed, fake, Remembering(pipeline.text_encoder)
+    for order in ("confidence", "ancestral"):
+        assert pipeline.caption(images, order=order, questions=questions) == ["a small blue square"] * 2
+    for seen in pipeline.text_encoder.ids:
+        for row, question in zip(seen, asked):
+            assert row[:len(question)].tolist() == question                                   # never masked, never written over
+    first = pipeline.text_encoder.ids[0]
+    assert all((row[len(question):] == tokenizer.mask_id).all() for row, question in zip(first, asked))
+    with pytest.raises(ValueError, match="too little room for an answer"):
+        pipeline.caption(images, questions=["a square", "red circle " * 60])
+
+
+def test_captions_are_answers_to_no_question(run):
+    pipeline, images = Pipeline.from_run(run), torch.rand(2, 3, 32, 32, generator=seeded()) * 2 - 1
+    assert pipeline.caption(images) == pipeline.caption(images, questions=["", ""])
+    assert pipeline.caption(images, questions=["a red circle", ""])[1] == pipeline.caption(images)[1]
+    assert pipeline.caption(images, questions=["a red circle", ""])[0] != pipeline.caption(images)[0]
+
+
+class Remembering:
+    """A text encoder that keeps the ids it was given."""
+    def __init__(self, encoder):
+        self.encoder, self.ids = encoder, []
+
+    def __call__(self, ids):
+        self.ids.append(ids.clone())
+        return self.encoder(ids)
+
+
+def test_answers_on_the_command_line(run, inside, capsys):
+    Image.new("RGB", (50, 40), (220, 128, 35)).save("a.png")
+    main(["--image", "a.png", "--ask", "a red circle", "--ask", "a zebra", "--run", str(run), "--temperature", "1"])
+    printed = capsys.readouterr()
+    answers = Pipeline.from_run(run).caption(load_image("a.png", 32).expand(2, -1, -1, -1), temperature=1.0,
+                                             questions=["a red circle", "a zebra"])
+    assert printed.out.splitlines() == [f"a red circle\t{answers[0]}", f"a zebra\t{answers[1]}"]
+    assert "warning: 'a zebra': not in the model's vocabulary: zebra" in printed.err
+    assert not (inside / "pictures").exists()
+    assert "'red circle red circle" in stopped(["--image", "a.png", "--ask", "red circle " * 60, "--run", str(run)])
+
+
+# ---------------------------------------------------------------- editing
+
+@pytest.fixture
+def sources(inside):
+    """Two pictures of noise, a.png and b.png."""
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(inside / name)
+    return [load_image(name, 32)[None] for name in ("a.png", "b.png")]
+
+
+def test_edit_draws_with_the_encoded_sources(run, sources):
+    pipeline = Pipeline.from_run(run)
+    found = pipeline.edit([PROMPT], sources, seed=3, steps=2, guidance=1.5)
+    latents = [pipeline.encode_images(images) for images in sources]
+    assert torch.equal(found, pipeline.draw([PROMPT], 3, 2, 1.5, latents)) and found.shape == (1, 3, 32, 32)
+    assert (found - pipeline.edit([PROMPT], sources[:1], seed=3, steps=2, guidance=1.5)).abs().max() > 1e-3
+    assert torch.equal(pipeline.edit([PROMPT], [], seed=3), pipeline.draw([PROMPT], seed=3))
+    both = pipeline.edit([PROMPT, "a small blue square"], [torch.cat(sources)], seed=3)       # a batch: one source each
+    torch.testing.assert_close(both[1:], pipeline.edit(["a small blue square"], sources[1:], seed=4), rtol=0, atol=1e-4)
+
+
+def test_every_turn_edits_the_last_result(run, sources, capsys):
+    turns = ["a red circle", "a blue square", "a zebra"]
+    main(["--image", "a.png", "--image", "b.png", *(f"--edit={turn}" for turn in turns), "--run", str(run), "--seed", "5",
+          "--out", "deep/x.png"])
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [f"deep/x-{i + 1}.png\t{turn}" for i, turn in enumerate(turns)]
+    assert "warning: 'a zebra': not in the model's vocabulary: zebra" in printed.err
+    pipeline = Pipeline.from_run(run)
+    for i, turn in enumerate(turns):
+        sources = [pipeline.edit([turn], sources, seed=5 + i)]
+        assert np.abs(pixels(f"deep/x-{i + 1}.png") - to_pictures(sources[0])[0]).max() <= 1
+        picture = Image.open(f"deep/x-{i + 1}.png")
+        assert picture.text["prompt"] == turn and json.loads(picture.text["settings"]) == {
+            "seed": 5 + i, "steps": 3, "shift": 3.0, "guidance": 2.0, "model": str(run)}
+
+
+def test_names_of_edited_pictures(run, sources, inside, capsys):
+    options = ["--run", str(run), "--steps", "1"]
+    main(["--image", "a.png", "b.png", "--edit", "a circle", *options, "--out", "x.png"])
+    main(["--image", "a.png", "b.png", "--edit", "a circle", "--edit", "a square", *options])
+    assert sorted(f.name for f in (inside / "pictures").iterdir()) == ["0001.png", "0002.png"]
+    assert np.array_equal(pixels("x.png"), pixels("pictures/0001.png"))
+    main(["--image", "x.png", "--edit", "a circle", "--edit", "a square", *options, "--out", "x.png"])
+    assert capsys.readouterr().out.splitlines()[-2:] == ["x-1.png\ta circle", "x-2.png\ta square"]
+    (inside / "x-1.png").unlink()
+    before = (inside / "x-2.png").read_bytes()
+    for turns, name in ((1, "x.png"), (2, "x-2.png")):
+        with pytest.raises(SystemExit) as exit:
+            main(["--image", "a.png", *["--edit", "a circle"] * turns, "--run", "none", "--out", "x.png"])
+        assert exit.value.code == 2 and f"error: {name} exists; nothing is overwritten" in capsys.readouterr().err
+    assert (inside / "x-2.png").read_bytes() == before and not (inside / "x-1.png").exists()
+
+
+@pytest.mark.parametrize("kind", ["edges", "depth", "pose"])
+def test_maps_are_edits(run, sources, kind, capsys):
+    prompt = f"draw the {kind} of the picture"
+    main(["--image", "a.png", f"--{kind}", "--run", str(run), "--out", "map.png"])
+    assert capsys.readouterr().out == f"map.png\t{prompt}\n" and Image.open("map.png").text["prompt"] == prompt
+    main(["--image", "a.png", "--edit", prompt, "--run", str(run), "--out", "edit.png"])
+    assert (pixels("map.png") == pixels("edit.png")).all()
+
+
+def test_help_has_an_example_of_every_task(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("python sample.py")]
+    for words in ('sample.py "', "--describe", "--ask", "--edit", "--image a.png b.png --edit", "--edges", "--depth", "--pose",
+                  "--prompts", "--model"):
+        assert any(words in line for line in lines), words
+    assert any(line.count("--edit") == 2 for line in lines)
 
 
 def stopped(arguments):
@@ -441,7 +580,8 @@ def test_unreadable_picture(run, inside):
     Image.new("RGB", (32, 32)).save("good.png")
     (inside / "bad.png").write_bytes((inside / "good.png").read_bytes()[:40])
     assert "bad.png" in stopped(["--describe", "good.png", "bad.png", "--run", str(run)])
-    assert "none.png" in stopped(["--describe", "none.png", "--run", str(run)])
+    assert "bad.png" in stopped(["--edit", "a", "--image", "good.png", "bad.png", "--run", str(run)])
+    assert not (inside / "pictures").exists()
 
 
 def test_impossible_steps(run, inside):

@@ -53,6 +53,43 @@ def test_batch_is_padded_and_cut(tok):
     assert tok(["a cat"], length=len(cat)).tolist() == [cat] and tok(["a cat"], length=1).tolist() == [[1]]
 
 
+@pytest.mark.parametrize("padding_id", [0, 1])
+def test_a_caption_is_the_answer_to_no_question(padding_id):
+    tok, texts = T5Tokenizer(SPIECE, padding_id=padding_id), ["a cat", "", "a cat on a mat in a hat"]
+    for length in (4, 6, 256):
+        ids, answer = tok.dialogue([""] * 3, texts, length)
+        assert ids.dtype == torch.int64 and torch.equal(ids, tok(texts, length))
+        assert answer.dtype == torch.bool and answer.shape == ids.shape and answer.all()
+    ids, answer = tok.dialogue(["", ""], length=6)
+    assert ids.tolist() == [[tok.mask_id] * 6] * 2 and answer.all()
+    assert [part.shape for part in tok.dialogue([], [], 8) + tok.dialogue([], length=8)] == [(0, 8)] * 4
+    assert tok.dialogue(["a"], ["b"])[0].shape == (1, 256)
+
+
+@pytest.mark.parametrize("padding_id", [0, 1])
+def test_questions_and_answers(padding_id):
+    tok = T5Tokenizer(SPIECE, padding_id=padding_id)
+    question, other = tok.encode("what is it?")[:-1], tok.encode("a dog or a cat?")[:-1]
+    cat, long, length = tok.encode("a cat"), tok.encode("a cat on a mat in a hat"), 12
+    ids, answer = tok.dialogue(["what is it?", "a dog or a cat?", "what is it?"], ["a cat", "a cat", "a cat on a mat in a hat"],
+                               length)
+    assert ids.tolist() == [question + cat + [padding_id] * (length - len(question + cat)),
+                            other + cat + [padding_id] * (length - len(other + cat)),
+                            question + long[:length - len(question) - 1] + [1]]               # cut, with </s> as its last id
+    assert answer.tolist() == [[False] * n + [True] * (length - n) for n in map(len, (question, other, question))]
+    masked, same = tok.dialogue(["what is it?", "a dog or a cat?"], length=length)
+    assert masked.tolist() == [q + [tok.mask_id] * (length - len(q)) for q in (question, other)] and torch.equal(same, answer[:2])
+
+
+def test_a_question_that_leaves_no_room(tok):
+    n = len(tok.encode("what is it?")) - 1
+    ids, answer = tok.dialogue(["", "what is it?"], ["a cat", "a cat"], n + 2)
+    assert answer[1].sum() == 2 and ids[1, -1] == tok.eos_id
+    for answers in (None, ["a cat", "a cat"]):
+        with pytest.raises(ValueError, match=rf"'what is it\?' has {n} tokens: .* at most {n - 1} of the length {n + 1}"):
+            tok.dialogue(["", "what is it?"], answers, n + 1)
+
+
 def test_decode(tok):
     texts = ["A photo of a cat.", "", "two dogs, 3 cups"]
     assert tok.decode(tok(texts, length=20)) == texts
@@ -67,6 +104,9 @@ def test_tokenizer_survives_pickling(tok):
 @pytest.mark.parametrize("call", [
     lambda tok: tok("a cat"), lambda tok: tok(["a cat"], length=0), lambda tok: tok([None]), lambda tok: tok.encode(b"a cat"),
     lambda tok: tok.decode([1, 2]), lambda tok: tok.decode([[3, -1]]), lambda tok: tok.decode(torch.rand(1, 2)),
+    lambda tok: tok.dialogue("what?"), lambda tok: tok.dialogue(["what?"], "that"), lambda tok: tok.dialogue([None]),
+    lambda tok: tok.dialogue(["what?"], []), lambda tok: tok.dialogue(["what?"], ["a", "b"]),
+    lambda tok: tok.dialogue([""], length=0),
 ])
 def test_bad_texts_and_ids(tok, call):
     with pytest.raises(ValueError, match="expected"):
