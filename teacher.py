@@ -1,10 +1,11 @@
-"""The frozen vision-language encoder that the intrinsic alignment looks up to: Qwen2.5-VL, needed in training only.
+"""The frozen encoders that the intrinsic alignment looks up to, needed in training only: Qwen2.5-VL, and a small one.
 
 Equation (4) of UniAlignment (arXiv 2509.23760) pulls the middle of both streams towards what Qwen2.5-VL (arXiv 2502.13923) makes
 of the target image and of its caption. Here are the parts of Qwen2.5-VL which that takes: from pictures to patches, the vision
 encoder, the byte-level BPE tokenizer and the language model's *input* embeddings. The language model itself is never run.
+The small one is for the shapes world: trained from nothing to tell pairs of a picture and a caption apart, in about a minute.
 
-Run alone to see the two embeddings of a pair:   python teacher.py QWEN_FOLDER PICTURE "CAPTION"
+Run alone to see the two embeddings of a pair:   python teacher.py FOLDER PICTURE "CAPTION"
 """
 import functools
 import itertools
@@ -22,7 +23,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from checkpoint import Checkpoint, Source, load, make_config
@@ -52,11 +55,17 @@ def nearest_size(height: int, width: int, cell: int) -> tuple[int, int]:
     return max(cell, snap(height * scale / cell) * cell), max(cell, snap(width * scale / cell) * cell)
 
 
-def image_patches(image: Picture, patch: int, merge: int, frames: int) -> tuple[Tensor, tuple[int, int, int]]:
-    """One picture as (h * w, 3 * frames * patch * patch) rows, with its grid (1, h, w); see `preprocess`."""
+def rgb(image: Picture) -> np.ndarray:
+    """The pixels of a picture, (height, width, 3) uint8. Raises ValueError for an array that is none."""
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise ValueError(f"a picture of shape {pixels.shape} and type {pixels.dtype}, expected (height, width, 3) and uint8")
+    return pixels
+
+
+def image_patches(image: Picture, patch: int, merge: int, frames: int) -> tuple[Tensor, tuple[int, int, int]]:
+    """One picture as (h * w, 3 * frames * patch * patch) rows, with its grid (1, h, w); see `preprocess`."""
+    pixels = rgb(image)
     size = nearest_size(*pixels.shape[:2], cell=patch * merge)
     if size != pixels.shape[:2]:
         pixels = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC))
@@ -355,7 +364,7 @@ class QwenTokenizer:
         return [token for word in words for token in self.word_ids(word)]
 
 
-# ---------------------------------------------------------------- the teacher
+# ---------------------------------------------------------------- Qwen2.5-VL as the teacher
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -385,6 +394,10 @@ class QwenTeacher(nn.Module):
                              f"of width {width} (the vision encoder's)")
         return cls(vision, tokenizer, checkpoint.read(EMBEDDING, dtype, device))
 
+    @property
+    def out_dim(self) -> int:
+        return self.embedding.shape[1]
+
     @torch.no_grad()
     def image_features(self, images: Sequence[Picture]) -> Tensor:
         """(B, out_dim) float32: the mean over each picture's merged tokens. images: as in `preprocess`."""
@@ -406,10 +419,126 @@ class QwenTeacher(nn.Module):
         return torch.stack([F.embedding(one, self.embedding).float().mean(dim=0) for one in ids])               # (B, out_dim)
 
 
+# ---------------------------------------------------------------- a small teacher, trained on pairs
+
+PADDING = 0                                                      # the id of <pad> in a sentencepiece model of T5's kind
+
+
+@dataclass(frozen=True)
+class ContrastiveTeacherConfig:
+    """Sizes of the small teacher. Raises ValueError for sizes that do not fit each other."""
+    vocab_size: int
+    image_size: int = 64                                         # pixels, both sides
+    channels: int = 64                                           # of the first convolution; the others have twice as many
+    depth: int = 1                                               # blocks of the text side: these names are those of `Block`
+    hidden_size: int = 128
+    intermediate_size: int = 256
+    num_heads: int = 4
+    out_dim: int = 128
+
+    def __post_init__(self):
+        if self.num_heads < 1 or self.hidden_size % (4 * self.num_heads):
+            raise ValueError(f"num_heads = {self.num_heads}, expected to cut hidden_size = {self.hidden_size} into fours")
+        if self.image_size < 16 or self.image_size % 16:
+            raise ValueError(f"image_size = {self.image_size}, expected a multiple of 16")
+
+
+class ContrastiveTeacher(nn.Module):
+    """What the tiny preset has for Qwen2.5-VL: a picture and its caption, and no other's, are mapped to one direction.
+
+    Pictures: convolutions, then one matrix over all places, so that a feature can tell where something is. Texts: the mean
+    over the tokens after a block of attention, which tells a word which object it is about.
+    """
+
+    def __init__(self, config: ContrastiveTeacherConfig, tokenizer: SentencePieceProcessor):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        c, places = config.channels, (config.image_size // 16) ** 2
+        self.image = nn.Sequential(
+            nn.PixelUnshuffle(4), nn.Conv2d(48, c, 3, padding=1), nn.SiLU(),                  # (B, c, S / 4, S / 4)
+            nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), nn.SiLU(),                           # (B, 2 c, S / 8, S / 8)
+            nn.Conv2d(2 * c, 2 * c, 3, stride=2, padding=1), nn.SiLU(),                       # (B, 2 c, S / 16, S / 16)
+            nn.Flatten(), nn.Linear(2 * c * places, config.out_dim))                          # (B, out_dim)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.text = nn.Linear(config.hidden_size, config.out_dim)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32,
+                        device: str | torch.device = "cpu") -> "ContrastiveTeacher":
+        """The frozen teacher from a folder with model.safetensors and tokenizer.model.
+
+        Raises ValueError naming the file for anything missing or of the wrong shape.
+        """
+        checkpoint, file = Checkpoint(folder), Path(folder) / "tokenizer.model"
+        config = make_config(ContrastiveTeacherConfig, checkpoint.config, str(checkpoint.path))
+        try:
+            tokenizer = SentencePieceProcessor(model_proto=file.read_bytes())
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{file}: not a sentencepiece model ({error})") from error
+        if (found := (tokenizer.get_piece_size(), tokenizer.pad_id())) != (config.vocab_size, PADDING):
+            raise ValueError(f"{file}: {found[0]} pieces, <pad> is {found[1]}; expected {config.vocab_size} and {PADDING}")
+        with torch.device("meta"):
+            model = cls(config, tokenizer)
+        sources = {name: Source((name,)) for name in model.state_dict()}
+        return load(model, checkpoint, sources, dtype=dtype, device=device).eval().requires_grad_(False)
+
+    @property
+    def out_dim(self) -> int:
+        return self.config.out_dim
+
+    def token_ids(self, texts: Sequence[str]) -> Tensor:
+        """(B, L) ids, padded to the longest text. Raises ValueError for an empty text."""
+        rows = [] if isinstance(texts, str) else self.tokenizer.encode(list(texts))
+        if not rows or not all(rows):
+            raise ValueError(f"texts = {texts!r}, expected a sequence of texts, none of them empty")
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PADDING)     # (B, L)
+
+    def encode_texts(self, ids: Tensor) -> Tensor:
+        """(B, out_dim) of ids (B, L). Padding is left out before anything is computed."""
+        kept = ids != PADDING                                                                 # (B, L)
+        text, place = kept.nonzero(as_tuple=True)                                             # (N,) which text, where in it
+        groups = Groups.of(text[:, None], ids.device)
+        angles = rotary_angles(place[:, None].expand(-1, 2), self.config.hidden_size // self.config.num_heads)
+        x = self.embedding(ids[kept])                                                         # (N, D)
+        for block in self.blocks:
+            x = block(x, angles, groups)
+        total = x.new_zeros(len(ids), x.shape[1]).index_add(0, text, x)                       # (B, D)
+        return self.text(total / kept.sum(dim=1, keepdim=True))                               # (B, out_dim)
+
+    def forward(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, out_dim) of images (B, 3, S, S) in [-1, 1] and of their captions' ids (B, L)."""
+        with sdpa_kernel(SDPBackend.MATH):                       # on CPU twice as fast as the fused backward of short sequences
+            return self.image(images), self.encode_texts(ids)
+
+    @torch.no_grad()
+    def image_features(self, images: Sequence[Picture]) -> Tensor:
+        """(B, out_dim) float32. images: PIL pictures or uint8 arrays (S, S, 3). Raises ValueError for other sizes."""
+        pixels, size = [rgb(image) for image in images], self.config.image_size
+        if (found := {p.shape for p in pixels}) != {(size, size, 3)}:
+            raise ValueError(f"pictures of shapes {sorted(found)}, expected at least one, each ({size}, {size}, 3)")
+        x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(self.embedding.weight.device)       # (B, 3, S, S)
+        return self.image((x / 127.5 - 1).to(self.embedding.weight.dtype)).float()                      # (B, out_dim)
+
+    @torch.no_grad()
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """(B, out_dim) float32. Raises ValueError for an empty text."""
+        return self.encode_texts(self.token_ids(texts).to(self.embedding.weight.device)).float()
+
+
+def load_teacher(path: str | Path, dtype: torch.dtype = torch.float32,
+                 device: str | torch.device = "cpu") -> QwenTeacher | ContrastiveTeacher:
+    """The teacher in a folder: the small one has a tokenizer.model, Qwen2.5-VL a vocab.json. Raises ValueError for others."""
+    for file, kind in (("tokenizer.model", ContrastiveTeacher), ("vocab.json", QwenTeacher)):
+        if (Path(path) / file).is_file():
+            return kind.from_pretrained(path, dtype, device)
+    raise ValueError(f"{path}: expected a teacher's folder, with tokenizer.model (the small one) or vocab.json (Qwen2.5-VL)")
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 4:
         sys.exit(__doc__)
-    teacher = QwenTeacher.from_pretrained(sys.argv[1])
+    teacher = load_teacher(sys.argv[1])
     print("tokens", teacher.tokenizer.encode(sys.argv[3]))
     print("image", teacher.image_features([Image.open(sys.argv[2])]))
     print("text", teacher.text_features([sys.argv[3]]))

@@ -1,4 +1,6 @@
-"""teacher.py against Qwen2.5-VL's reference outputs, the full-size tensor names, and the ways in which files can be wrong."""
+"""teacher.py against Qwen2.5-VL's reference outputs, the full-size tensor names, and the ways in which files can be wrong;
+the small teacher, with random weights."""
+import io
 import json
 import shutil
 import struct
@@ -11,9 +13,11 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from checkpoint import Checkpoint
-from teacher import EMBEDDING, QwenTeacher, QwenTokenizer, QwenVision, QwenVisionConfig, nearest_size, preprocess, word_pattern
+from checkpoint import Checkpoint, save
+from teacher import (EMBEDDING, PADDING, ContrastiveTeacher, ContrastiveTeacherConfig, QwenTeacher, QwenTokenizer, QwenVision,
+                     QwenVisionConfig, load_teacher, nearest_size, preprocess, word_pattern)
 
 HERE = Path(__file__).parent
 VISION = HERE / "golden" / "qwen25vl_vision.safetensors"
@@ -361,3 +365,119 @@ def test_embedding_must_fit(released, shape, words):
     save_file({EMBEDDING: torch.zeros(shape)}, released / shard(5))
     with pytest.raises(ValueError, match=rf"{EMBEDDING}.*{words}"):
         QwenTeacher.from_pretrained(released)
+
+
+# ---------------------------------------------------------------- the small teacher
+
+TEXTS = ["a large red circle at the top left on a gray background", "a small blue square"]
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """A sentencepiece model of the words in TEXTS, as bytes."""
+    model = io.BytesIO()
+    SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=100, hard_vocab_limit=False,
+                               model_type="word", pad_id=PADDING, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    return model.getvalue()
+
+
+@pytest.fixture
+def teacher(pieces):
+    torch.manual_seed(0)
+    sizes = dict(image_size=32, channels=8, hidden_size=16, intermediate_size=24, num_heads=2, out_dim=12)
+    tokenizer = SentencePieceProcessor(model_proto=pieces)
+    return ContrastiveTeacher(ContrastiveTeacherConfig(tokenizer.get_piece_size(), **sizes), tokenizer).eval()
+
+
+@pytest.fixture
+def trained(teacher, pieces, tmp_path):
+    """The folder of a small teacher."""
+    save(tmp_path / "small" / "model.safetensors", teacher.state_dict(), teacher.config)
+    (tmp_path / "small" / "tokenizer.model").write_bytes(pieces)
+    return tmp_path / "small"
+
+
+def test_small_teacher_is_read_back(teacher, trained):
+    found, images = ContrastiveTeacher.from_pretrained(trained), pictures((32, 32), (32, 32))
+    assert found.config == teacher.config and not any(p.requires_grad for p in found.parameters())
+    assert torch.equal(found.image_features(images), teacher.image_features(images))
+    assert torch.equal(found.text_features(TEXTS), teacher.text_features(TEXTS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_teachers_have_one_interface(trained, released, dtype):
+    for folder, kind, width in ((trained, ContrastiveTeacher, 12), (released, QwenTeacher, 40)):
+        found, images = load_teacher(folder, dtype, "cpu"), pictures((32, 32), (32, 32), (32, 32))
+        assert type(found) is kind and found.out_dim == width and next(found.parameters()).dtype == dtype
+        for features in (found.image_features(images), found.image_features([Image.fromarray(image) for image in images])):
+            assert features.shape == (3, width) and features.dtype == torch.float32
+        features = found.text_features(TEXTS)
+        assert features.shape == (2, width) and features.dtype == torch.float32
+
+
+def test_training_sees_what_the_features_are(teacher):
+    images = pictures((32, 32), (32, 32))
+    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
+    image, text = teacher(x, teacher.token_ids(TEXTS))
+    torch.testing.assert_close(image, teacher.image_features(images), atol=1e-6, rtol=0)
+    torch.testing.assert_close(text, teacher.text_features(TEXTS), atol=1e-6, rtol=0)
+    (image.sum() + text.sum()).backward()
+    assert all(p.grad is not None for p in teacher.parameters())
+
+
+def test_padding_does_not_matter(teacher):
+    alone = torch.cat([teacher.text_features([text]) for text in TEXTS])
+    torch.testing.assert_close(teacher.text_features(TEXTS), alone, atol=1e-6, rtol=0)
+    ids = teacher.token_ids(TEXTS)
+    assert (ids == PADDING).any()
+    padded = torch.nn.functional.pad(ids, (0, 5), value=PADDING)
+    torch.testing.assert_close(teacher(torch.zeros(2, 3, 32, 32), padded)[1], alone, atol=1e-6, rtol=0)
+
+
+def test_order_and_place_matter(teacher):
+    one, other = teacher.text_features(["a large red circle at a blue square", "a large blue circle at a red square"])
+    assert (one - other).abs().max() > 1e-4
+    left, right = np.zeros((2, 32, 32, 3), np.uint8)
+    left[:16, :16], right[:16, 16:] = 255, 255
+    one, other = teacher.image_features([left, right])
+    assert (one - other).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("texts", [[], ["a", ""], ["a", " "], "a cat"])
+def test_small_teacher_refuses_texts(teacher, texts):
+    with pytest.raises(ValueError, match="expected a sequence of texts, none of them empty"):
+        teacher.text_features(texts)
+
+
+@pytest.mark.parametrize("images", [[], pictures((32, 48)), pictures((32, 32), (64, 64)), [np.zeros((32, 32, 3), np.float32)]])
+def test_small_teacher_refuses_pictures(teacher, images):
+    with pytest.raises(ValueError, match=r"expected .*(\(32, 32, 3\)|uint8)"):
+        teacher.image_features(images)
+
+
+@pytest.mark.parametrize("sizes, words", [(dict(num_heads=3), "num_heads = 3"), (dict(image_size=40), "multiple of 16")])
+def test_small_teacher_sizes_must_fit(sizes, words):
+    with pytest.raises(ValueError, match=words):
+        ContrastiveTeacherConfig(vocab_size=40, **sizes)
+
+
+@pytest.mark.parametrize("file, content, words", [
+    ("tokenizer.model", b"no model", "tokenizer.model: not a sentencepiece model"),
+    ("model.safetensors", b"no tensors", "model.safetensors: not a whole safetensors file"),
+])
+def test_small_teacher_names_what_is_wrong(trained, file, content, words):
+    (trained / file).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        load_teacher(trained)
+
+
+def test_small_teacher_needs_the_tokenizer_it_was_trained_with(teacher, trained):
+    save(trained / "model.safetensors", teacher.state_dict(), ContrastiveTeacherConfig(vocab_size=5))
+    with pytest.raises(ValueError, match="tokenizer.model: .* pieces.*expected 5"):
+        load_teacher(trained)
+
+
+def test_a_folder_without_a_teacher(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="expected a teacher's folder, with tokenizer.model .* or vocab.json"):
+            load_teacher(path)
