@@ -1,15 +1,21 @@
 """Datasets in JSON lines, as the released code reads them: one parser for every format, one dataset, one order of batches.
 
+A task is a record, not a branch in the code: what an example has (a prompt to draw, source pictures, a caption, a question) decides
+what is trained with it. A batch is of one task and one number of source pictures; tasks alternate by their weights (section 4).
+
 Four kinds of records (image paths are relative to the JSONL's folder, or absolute):
   text to image   {"image": ["a.png"], "conversations": [{"from": "human", "value": CAPTION}, {"from": "gpt", "value": "<image>"}]}
   image to image  {"image": ["source.png", "target.png"], "conversations": [CAPTION OF THE TARGET, ...], "instruction": "..."}
   composition     {"original_images": [...], "generated_images": ["target.png"], "edit_prompt": "...", "caption": "..."}
   questions       {"image": ["a.png"], "conversations": [{"from": "human", "value": "<image>\\nQUESTION"},
                                                          {"from": "gpt", "value": ANSWER}, ...]}
+A composition without original images is text to image with a prompt that is not the caption. A record may name its task
+({"task": "edits", ...}), to be weighted and reported apart; else its task is one of the above.
 
 Run alone to check a file and count its tasks:   python data.py FILE.jsonl
 """
 import collections
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -27,11 +33,12 @@ from text_encoder import T5Tokenizer
 
 class Example(NamedTuple):
     """One training example, whatever its format was."""
-    task: str                       # "text_to_image", "image_to_image" or "question"
+    task: str                       # as the record names it, else "text_to_image", "image_to_image" or "questions"
     image: Path                     # the picture to generate, or the one that the text is about
     sources: tuple[Path, ...]       # source pictures of editing and composition
-    prompt: str                     # what the image branch is given: a caption or an instruction; the question of a question
-    caption: str                    # what the text branch learns to say about `image`; the answer of a question
+    prompt: str | None              # what the image branch is given: a caption or an instruction; None: nothing is drawn
+    question: str                   # what the text branch is asked; empty: to describe the picture
+    caption: str                    # what the text branch learns to say about `image`; empty: nothing
 
 
 # ---------------------------------------------------------------- records
@@ -45,22 +52,23 @@ def _texts(turns) -> list[str]:
 
 def parse_record(record: dict, folder: Path) -> list[Example]:
     """The examples of one record; a question record has one for each question. Raises KeyError or ValueError for an unknown form."""
+    task = record.get("task")
     if "original_images" in record:
         sources = tuple(folder / name for name in record["original_images"])
-        target = folder / record["generated_images"][0]
-        return [Example("image_to_image", target, sources, record["edit_prompt"].strip(), record.get("caption", "").strip())]
+        target, kind = folder / record["generated_images"][0], "image_to_image" if sources else "text_to_image"
+        return [Example(task or kind, target, sources, record["edit_prompt"].strip(), "", record.get("caption", "").strip())]
     images, turns = [folder / name for name in record["image"]], _texts(record["conversations"])
     if "instruction" in record:
         if len(images) < 2:
             raise ValueError(f"has an instruction and {len(images)} picture(s), expected sources and then the target")
-        return [Example("image_to_image", images[-1], tuple(images[:-1]), record["instruction"].strip(), turns[0])]
+        return [Example(task or "image_to_image", images[-1], tuple(images[:-1]), record["instruction"].strip(), "", turns[0])]
     if len(images) != 1:
         raise ValueError(f"has {len(images)} pictures and no instruction, expected one picture")
     if len(turns) == 2 and not turns[1]:
-        return [Example("text_to_image", images[0], (), turns[0], turns[0])]
+        return [Example(task or "text_to_image", images[0], (), turns[0], "", turns[0])]
     if len(turns) % 2 or not all(turns):
         raise ValueError(f"has {len(turns)} turns, some perhaps empty; expected questions and answers in pairs")
-    return [Example("question", images[0], (), q, a) for q, a in zip(turns[::2], turns[1::2])]
+    return [Example(task or "questions", images[0], (), None, q, a) for q, a in zip(turns[::2], turns[1::2])]
 
 
 def read_jsonl(path: str | Path) -> list[Example]:
@@ -128,59 +136,129 @@ def to_pictures(images: Tensor) -> np.ndarray:
 # ---------------------------------------------------------------- batches
 
 class Batch(NamedTuple):
-    """Either `pictures` or, where they were encoded beforehand, `latents`."""
-    pictures: Tensor | None         # (B, 3, H, W) in [-1, 1]
-    latents: Tensor | None          # (B, C, h, w) normalised
-    tokens: Tensor                  # (B, L) the caption's ids
+    """Examples of one task with equally many (R) source pictures, and what is trained with them."""
+    task: str
+    pictures: Tensor | None         # (B, 1 + R, 3, H, W) in [-1, 1], the sources after the picture itself
+    latents: Tensor | None          # (B, 1 + R, C, h, w) normalised, where they were encoded beforehand
+    prompts: Tensor | None          # (B, L) ids; None: nothing is drawn
+    tokens: Tensor | None           # (B, L) ids of question and answer; None: nothing is written
+    answer: Tensor | None           # (B, L) bool, the positions of the answer
+    features: tuple[Tensor, Tensor] | None      # the teacher's of picture and caption, (B, d) each
+
+    def to(self, device: torch.device) -> "Batch":
+        def move(x):
+            return x.to(device) if isinstance(x, Tensor) else tuple(map(move, x)) if isinstance(x, tuple) else x
+        return Batch(*(move(x) for x in self))
 
 
-class Pairs(Dataset):
-    """Pictures and captions. Set `latents` (n, C, h, w) to have them returned in place of the pictures: each is encoded only once."""
+class Group(NamedTuple):
+    """Examples that share batches."""
+    task: str
+    indices: list[int]
+    weight: float                   # of its batches among those of all groups
 
-    def __init__(self, path: str | Path, tokenizer: T5Tokenizer, image_size: int, text_length: int):
-        self.examples = [e for e in read_jsonl(path) if e.task == "text_to_image"]
+
+def parse_weights(text: str) -> dict[str, float]:
+    """"edits=2,pose=0.5,*=1" -> weights by task, `*` being every other one. Raises ValueError for anything else."""
+    try:
+        weights = {name.strip(): float(value) for name, _, value in (part.partition("=") for part in text.split(","))}
+    except ValueError:
+        weights = {}
+    if not weights or min(weights.values()) < 0 or not max(weights.values()) > 0:
+        raise ValueError(f"weights {text!r}, expected TASK=NUMBER,... with * for every other task, for instance questions=2,*=1")
+    return weights
+
+
+class Tasks(Dataset):
+    """Examples of any tasks, in groups by task and number of source pictures.
+
+    weights: of the tasks' batches; a task's groups share its weight by their sizes. captioned: the tasks whose captions train the
+    text branch, besides questions (`*`: every task). Set `latents` (one for each of `paths`) to have them returned in place of
+    pictures, so that each picture is encoded only once; set `features` to the teacher's (image and text, one row for each of `aligned`).
+    """
+
+    def __init__(self, examples: list[Example], tokenizer: T5Tokenizer, image_size: int, text_length: int, weights: str = "*=1",
+                 captioned: str = "*"):
+        given, tasks = parse_weights(weights), {e.task for e in examples}
+        named = {name for name in (*given, *captioned.split(",")) if name not in ("", "*")}
+        if unknown := sorted(named - tasks):
+            raise ValueError(f"no records of the task {unknown[0]!r}; the data has {', '.join(sorted(tasks))}")
+        weight = {task: given.get(task, given.get("*", 0.0)) for task in tasks}
+        self.left_out = sorted(task for task in tasks if not weight[task])
+        self.examples = [e for e in examples if weight[e.task]]
         if not self.examples:
-            raise ValueError(f"{path}: holds no text-to-image records")
-        self.tokens = tokenizer([e.caption for e in self.examples], length=text_length)       # (n, L)
-        if (found := (self.tokens == tokenizer.mask_id).any(dim=1).nonzero()).numel():
-            text = self.examples[found[0].item()].caption
-            raise ValueError(f"{path}: the caption {text!r:.80} holds the mask token <extra_id_0>; remove it")
+            raise ValueError(f"no examples are left: the data has {', '.join(sorted(tasks))}, the weights are {weights}")
+        self.writes = [bool(e.caption) and (e.prompt is None or captioned == "*" or e.task in captioned.split(",")) for e in self.examples]
+        for e in self.examples:
+            if (found := "<extra_id_0>") in f"{e.prompt} {e.question} {e.caption}":
+                raise ValueError(f"the text of {e.image} holds the mask token {found}; remove it")
+        sizes = collections.Counter(e.task for e in self.examples)
+        members: dict[tuple, list[int]] = {}
+        for i, e in enumerate(self.examples):
+            members.setdefault((e.task, len(e.sources), e.prompt is None, self.writes[i]), []).append(i)
+        self.groups = [Group(key[0], found, weight[key[0]] * len(found) / sizes[key[0]]) for key, found in sorted(members.items())]
+
+        self.paths = list(dict.fromkeys(path for e in self.examples for path in (e.image, *e.sources)))
+        place = {path: i for i, path in enumerate(self.paths)}
+        self.places = [[place[path] for path in (e.image, *e.sources)] for e in self.examples]
+        self.prompts = tokenizer([e.prompt or "" for e in self.examples], length=text_length).int()               # (n, L)
+        self.tokens, self.answer = tokenizer.dialogue([e.question for e in self.examples], [e.caption for e in self.examples], text_length)
+        self.tokens = self.tokens.int()                                                                           # (n, L)
+        self.aligned = [i for i, e in enumerate(self.examples) if e.prompt is not None and self.writes[i]]
+        self.row = {i: row for row, i in enumerate(self.aligned)}
         self.image_size = image_size
         self.latents: Tensor | None = None
+        self.features: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def picture(self, i: int) -> Tensor:
-        return load_image(self.examples[i].image, self.image_size)
-
     def __getitems__(self, indices: list[int]) -> Batch:
+        places, first = torch.tensor([self.places[i] for i in indices]), indices[0]           # (B, 1 + R)
+        pictures = latents = prompts = tokens = answer = features = None
         if self.latents is not None:
-            return Batch(None, self.latents[indices], self.tokens[indices])
-        return Batch(torch.stack([self.picture(i) for i in indices]), None, self.tokens[indices])
+            latents = self.latents[places]                                                    # (B, 1 + R, C, h, w)
+        else:
+            loaded = [load_image(self.paths[place], self.image_size) for place in places.flatten().tolist()]
+            pictures = torch.stack(loaded).unflatten(0, places.shape)                         # (B, 1 + R, 3, H, W)
+        if self.examples[first].prompt is not None:
+            prompts = self.prompts[indices].long()
+        if self.writes[first]:
+            tokens, answer = self.tokens[indices].long(), self.answer[indices]
+        if self.features is not None and first in self.row:
+            rows = [self.row[i] for i in indices]
+            features = self.features[0][rows].float(), self.features[1][rows].float()
+        return Batch(self.examples[first].task, pictures, latents, prompts, tokens, answer, features)
 
 
 class BatchOrder(Sampler[list[int]]):
     """Endless batches of indices for one rank, a pure function of (seed, position): a resumed run continues with the same data.
 
-    Every epoch is a new permutation; ranks take consecutive slices of it. `start` is the number of micro batches already used.
+    Every batch is of one group, the same one on all ranks: the one that is furthest behind its share, so the tasks alternate evenly.
+    Every epoch of a group is a new permutation; ranks take consecutive slices of it. `start` is the number of batches already used.
     """
 
-    def __init__(self, length: int, batch: int, seed: int, rank: int = 0, world: int = 1, start: int = 0):
-        if length < batch * world:
-            raise ValueError(f"{length} examples are not enough for one batch of {batch} on each of {world} ranks")
-        self.length, self.batch, self.seed, self.rank, self.world, self.start = length, batch, seed, rank, world, start
+    def __init__(self, groups: list[Group], batch: int, seed: int, rank: int = 0, world: int = 1, start: int = 0):
+        for group in groups:
+            if len(group.indices) < batch * world:
+                raise ValueError(f"{len(group.indices)} examples of the task {group.task!r} with the same number of source pictures are "
+                                 f"not enough for one batch of {batch} on each of {world} ranks; add some or give the task no weight")
+        self.groups, self.batch, self.seed, self.rank, self.world, self.start = groups, batch, seed, rank, world, start
 
     def __iter__(self) -> Iterator[list[int]]:
-        per_epoch = self.length // (self.batch * self.world)
-        position, epoch, order = self.start, None, None
-        while True:
-            if position // per_epoch != epoch:
-                epoch = position // per_epoch
-                order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)).tolist()
-            first = ((position % per_epoch) * self.world + self.rank) * self.batch
-            yield order[first:first + self.batch]
-            position += 1
+        total, orders = sum(group.weight for group in self.groups), {}
+        used = [0] * len(self.groups)
+        for position in itertools.count():
+            g = max(range(len(used)), key=lambda g: self.groups[g].weight / total * (position + 1) - used[g])
+            if position >= self.start:
+                indices = self.groups[g].indices
+                epoch, place = divmod(used[g], len(indices) // (self.batch * self.world))
+                if orders.get(g, (None,))[0] != epoch:
+                    generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 1009 + g)
+                    orders[g] = epoch, torch.randperm(len(indices), generator=generator).tolist()
+                first = (place * self.world + self.rank) * self.batch
+                yield [indices[i] for i in orders[g][1][first:first + self.batch]]
+            used[g] += 1
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from checkpoint import Checkpoint, Source, load, make_config
 
 @dataclass(frozen=True)
 class MMDiTConfig:
-    """The defaults are the released 2B model's; the last four are options that released weights do not have."""
+    """The defaults are the released 2B model's; the last five are options that released weights do not have."""
     latent_channels: int = 16
     patch_size: int = 2
     width: int = 1536
@@ -37,6 +37,7 @@ class MMDiTConfig:
     align_silu: bool = True         # the released alignment heads end in a SiLU
     qk_norm: bool = False           # layer norm on queries and keys (2302.05442); an RMS norm trains alike, but has no fused CPU kernel
     text_positions: int = 0         # length of a learned position embedding on the text stream, 0: none
+    number_references: bool = False     # tell source pictures apart by their number; else they are a set, and "picture 2" means nothing
 
     def __post_init__(self):
         sizes = (self.latent_channels, self.patch_size, self.width, self.depth, self.num_heads, self.text_dim, self.vocab_size,
@@ -205,6 +206,7 @@ class MMDiT(nn.Module):
         self.register_buffer("pos_embed", torch.empty(1, c.position_table ** 2, c.width))
         self.text_embed = nn.Linear(c.text_dim, c.width)
         self.text_pos_embed = nn.Parameter(torch.empty(1, c.text_positions, c.width)) if c.text_positions else None
+        self.number_embed = nn.Linear(256, c.width, bias=False) if c.number_references else None
         self.time_embed = nn.Sequential(nn.Linear(256, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
         self.null_image = nn.Parameter(torch.empty(1, c.null_tokens, c.width))
         self.blocks = nn.ModuleList(JointBlock(c) for _ in range(c.depth))
@@ -296,6 +298,9 @@ class MMDiT(nn.Module):
             n = image.shape[1]
         else:
             pictures = [self._embed_image(x) for x in (latents, *references)]                 # each (B, N, D)
+            if self.number_embed is not None:
+                numbers = timestep_embedding(torch.arange(len(pictures), device=text.device))[:, None]        # (1 + R, 1, 256)
+                pictures[1:] = [x + self.number_embed(code.to(x.dtype)) for x, code in zip(pictures[1:], numbers[1:])]
             image, n = torch.cat(pictures, dim=1), pictures[0].shape[1]                       # (B, N + N', D)
 
         image_mid = text_mid = None

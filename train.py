@@ -1,9 +1,11 @@
 """Training UniAlignment (arXiv 2509.23760, section 3): one loop for the tiny model on a laptop and the 2B model on many GPUs.
 
-    python train.py                                     the shapes world from nothing to a report, on two CPU cores
+    python train.py                                     every task of the shapes world, from nothing to a report, on two CPU cores
     python train.py --resume                            continue an interrupted run, exactly where it was
-    torchrun --nproc_per_node 8 train.py --preset sd3 --data pairs.jsonl --init sd3_medium.safetensors \\
-        --vae_path sd3/vae --t5_path sd3/text_encoder_3 --tokenizer_path spiece.model
+    python train.py --stage 1                           the paper's stages one by one: pairs; all tasks; fine-tuning with questions;
+    python train.py --stage 2                           each starts from the run of the one before (another one: --init FOLDER)
+    torchrun --nproc_per_node 8 train.py --preset sd3 --stage 1 --data pairs.jsonl --init sd3_medium.safetensors \\
+        --vae_path sd3/vae --t5_path sd3/text_encoder_3 --tokenizer_path spiece.model --teacher_path Qwen2.5-VL-7B-Instruct
 
 A preset is a `TrainConfig`; every field of it is a command-line option. Results go to --out: checkpoint-*/ (model, EMA and
 optimizer as safetensors), metrics.jsonl, and for the shapes world samples.png, scores.json and report.html.
@@ -22,14 +24,16 @@ import signal
 import sys
 import time
 import typing
+import zlib
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sentencepiece import SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -37,11 +41,12 @@ from tqdm import tqdm
 
 import shapes
 from checkpoint import Checkpoint, make_config, read_json, save, write_atomically
-from data import BatchOrder, Pairs, read_jsonl
+from data import Batch, BatchOrder, Example, Tasks, load_image, parse_weights, read_jsonl, to_pictures
 from evaluate import evaluate_run, print_scores
-from losses import contrastive_loss, flow_matching_loss, masked_token_loss, total_loss
-from model import MMDiT, MMDiTConfig
+from losses import contrastive_loss, flow_matching_loss, intrinsic_loss, masked_token_loss, total_loss
+from model import MMDiT, MMDiTConfig, Output
 from sample import SampleSettings
+from teacher import ContrastiveTeacher, ContrastiveTeacherConfig, load_teacher
 from text_encoder import T5Config, T5Encoder, T5Tokenizer
 from vae import VAE, VAEConfig
 
@@ -57,11 +62,15 @@ class TrainConfig:
     """Everything about a run. The defaults are the paper's; a preset changes what differs."""
     out: str = _field("runs/sd3", "folder of the run")
     seed: int = _field(0, "of data, noise and initial weights")
-    data: str = _field("", "JSONL of text-image pairs; empty: the shapes world is made")
-    init: str = _field("", "MM-DiT checkpoint to start from (SD3, UniAlignment or own); empty: random weights")
+    data: str = _field("", "JSONL files, separated by commas, or the folder of a shapes world; empty: the shapes world is made")
+    weights: str = _field("*=1", "shares of the tasks' batches, TASK=NUMBER,...; *: every task that is not named")
+    captioned: str = _field("*", "tasks whose captions train the text branch, TASK,...; *: every one; answers always do")
+    init: str = _field("", "what to start from: an MM-DiT checkpoint (SD3, UniAlignment or own), or the folder of a run, which then "
+                           "brings its frozen parts and its shapes world as well; empty: random weights")
     vae_path: str = _field("", "autoencoder checkpoint; empty: one is trained on shapes")
     t5_path: str = _field("", "T5 encoder checkpoint; empty: a random one, frozen")
-    tokenizer_path: str = _field("", "sentencepiece model; empty: one is trained on the captions")
+    tokenizer_path: str = _field("", "sentencepiece model; empty: one is trained on the texts of the data")
+    teacher_path: str = _field("", "folder of Qwen2.5-VL for the intrinsic alignment; empty: a small one is trained on shapes")
     mask_token: str = _field("", "the .pth with the trained mask embedding of the released T5, if any")
     model: MMDiTConfig = MMDiTConfig()
     vae: VAEConfig = field(default_factory=VAEConfig)
@@ -70,8 +79,9 @@ class TrainConfig:
     train_scenes: int = _field(0, "size of the shapes world")
     test_scenes: int = _field(0, "held-out scenes, all of which are scored at the end")
     vae_steps: int = _field(0, "training steps of the tiny autoencoder")
+    teacher_steps: int = _field(0, "training steps of the tiny teacher")
     steps: int = _field(80_000, "optimizer steps")
-    batch_size: int = _field(8, "pairs per rank and micro batch; each is one sample of both branches")
+    batch_size: int = _field(8, "examples per rank and micro batch; a pair is one sample of both branches")
     accumulation: int = _field(4, "micro batches per step")
     lr: float = _field(3e-5, "of AdamW")
     muon_lr: float = _field(0.0, "of Muon, for the matrices of the blocks; 0: AdamW for everything")
@@ -84,6 +94,10 @@ class TrainConfig:
     prompt_dropout: float = _field(0.1, "share of empty prompts in the image branch, for guidance")
     text_weight: float = _field(0.2, "of equation (2) in equation (5)")
     cross_weight: float = _field(0.05, "of equation (3) in equation (5)")
+    cross_unseen: bool = _field(False, "equation (3) between streams that have not seen the other side: two more passes, of the picture "
+                                       "with an empty text and of the caption without a picture")
+    intrinsic_weight: float = _field(0.1, "of equation (4) in equation (5)")
+    align_depth: int = _field(8, "block after which equation (4) looks at both streams")
     released_loss: bool = _field(False, "the released form of equation (1): sigma^2 times the paper's")
     autocast: bool = _field(True, "bfloat16 matrix products, float32 weights")
     gradient_checkpointing: bool = _field(False, "recompute blocks in the backward pass: less memory, a quarter slower")
@@ -95,19 +109,31 @@ class TrainConfig:
 
 _TINY = TrainConfig(                 # both vocabulary sizes become those of the tokenizer that the run trains
     out="runs/tiny",
-    model=MMDiTConfig(width=128, depth=4, num_heads=4, text_dim=128, position_table=8, qk_norm=True, text_positions=32),
+    weights="text_to_image=6,edits=5,edges=2.5,depth=1,pose=1,personalisation=2.5,questions=2.5", captioned="text_to_image",
+    model=MMDiTConfig(width=128, depth=4, num_heads=4, text_dim=128, position_table=8, qk_norm=True, text_positions=32,
+                      number_references=True, align_dims=(256, 128), align_silu=False),
     vae=VAEConfig(block_channels=(32, 32), layers_per_block=1, norm_groups=1, mid_attention=False, stem=4),
     text_encoder=T5Config(dim=128, head_dim=32, ff_dim=256, depth=2, num_heads=4),
     sampling=SampleSettings(image_size=64, text_length=32, steps=20, guidance=2.0, shift=1.0, text_steps=16),
-    train_scenes=30_000, test_scenes=510, vae_steps=4200, steps=7600, batch_size=16, accumulation=1,
-    lr=5e-3, muon_lr=0.025, beta2=0.95, weight_decay=0.0, warmup=100, decay=True, clip=1.0, ema=0.998,
+    train_scenes=30_000, test_scenes=510, vae_steps=6000, teacher_steps=600, steps=22_000, batch_size=16, accumulation=1,
+    lr=5e-3, muon_lr=0.025, beta2=0.95, weight_decay=0.0, warmup=100, decay=True, clip=1.0, ema=0.998, align_depth=2,
     cache_latents=True, workers=0, log_every=50, save_every=1000)
 
 PRESETS = {
     "tiny": _TINY,
-    "mini": replace(_TINY, out="runs/mini", train_scenes=1200, test_scenes=12, vae_steps=300, steps=300, save_every=100),
-    "sd3": replace(TrainConfig(), gradient_checkpointing=True),
+    "mini": replace(_TINY, out="runs/mini", train_scenes=1200, test_scenes=12, vae_steps=300, teacher_steps=30, steps=300, save_every=100),
+    "sd3": replace(TrainConfig(), gradient_checkpointing=True, model=MMDiTConfig(align_dims=(2048, 3584), align_silu=False)),
 }
+
+
+def stage(config: TrainConfig, number: int) -> TrainConfig:
+    """The paper's stage 1, 2 or 3 (section 3) of a preset: pairs; all tasks but questions; fine-tuning on everything, which takes
+    3/8 of the steps. Each starts from the run of the one before.
+    """
+    weights = {1: "text_to_image=1", 2: f"{config.weights},questions=0", 3: config.weights}[number]
+    steps = config.steps * 3 // 8 if number == 3 else config.steps
+    return replace(config, weights=weights, steps=steps, out=f"{config.out}-stage{number}",
+                   init=f"{config.out}-stage{number - 1}" if number > 1 else "")
 
 
 # ---------------------------------------------------------------- ranks
@@ -131,7 +157,7 @@ def start_ranks() -> Ranks:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))       # the others wait while the first prepares
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -185,35 +211,96 @@ def noise_seed(config: TrainConfig, step: int, micro: int, rank: int) -> int:
     return (((config.seed * 1_000_003 + step) * 1009 + micro) * 4099 + rank) % 2 ** 63
 
 
-def dual_losses(model: nn.Module, text_encoder: T5Encoder, latents: Tensor, tokens: Tensor, mask_id: int, empty: Tensor,
-                generator: torch.Generator, config: TrainConfig) -> dict[str, Tensor]:
-    """Equations (1), (2), (3) and (5) of a batch of pairs, both branches in one forward pass.
+class Corrupted(typing.NamedTuple):
+    """A micro batch as both branches get it. What belongs to a branch that the batch does not have is None."""
+    latents: Tensor                 # (B, C, H, W) clean
+    references: tuple[Tensor, ...]  # (B, C, H, W) each, the clean latents of the source pictures
+    noise: Tensor | None            # (B, C, H, W) e
+    sigma: Tensor | None            # (B,)
+    prompts: Tensor | None          # (B, L, D) from T5, some of them empty
+    tokens: Tensor | None           # (B, L) what the text branch is to write
+    mask: Tensor | None             # (B, L) where it was hidden
+    answer: Tensor | None           # (B, L) what of it counts
+    t: Tensor | None                # (B,) with which probability it was hidden
+    masked: Tensor | None           # (B, L, D) from T5
+    features: tuple[Tensor, Tensor] | None      # (B, d) each, the teacher's of picture and caption
+    captions: Tensor | None         # (B, L, D) from T5, nothing hidden; for the contrast of streams that have not seen each other
+    empty: Tensor | None            # (B, L, D) from T5
 
-    latents (B, C, H, W) clean; tokens (B, L) captions; empty (1, L) the empty prompt. The image branch sees noisy latents and the
-    clean caption, the text branch clean latents and the masked caption.
+
+@torch.no_grad()
+def corrupt(batch: Batch, latents: Tensor, text_encoder: T5Encoder, mask_id: int, empty: Tensor, generator: torch.Generator,
+            config: TrainConfig) -> Corrupted:
+    """Noise for the image branch, masks for the text branch, and T5 of all texts in one pass.
+
+    latents (B, 1 + R, C, H, W) clean, of the picture and its sources; empty (1, L) the empty prompt. The image branch is to see
+    noisy latents, the sources and the clean prompt, the text branch clean latents and the masked text.
     """
-    b, device = len(latents), latents.device
-    sigma = torch.special.ndtri(stratified(b, generator).clamp(1e-4, 1 - 1e-4)).sigmoid()     # (B,) logit-normal(0, 1)
-    noise = torch.randn(latents.shape, generator=generator, device=device)                    # (B, C, H, W)
-    noisy = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1))                               # (B, C, H, W) (1 - sigma) x + sigma e
-    dropped = torch.rand(b, generator=generator, device=device) < config.prompt_dropout       # (B,)
-    prompts = torch.where(dropped[:, None], empty, tokens)                                    # (B, L)
+    latents, *references = latents.unbind(1)
+    b, device, texts = len(latents), latents.device, {}
+    noise = sigma = mask = t = None
+    if batch.prompts is not None:
+        sigma = torch.special.ndtri(stratified(b, generator).clamp(1e-4, 1 - 1e-4)).sigmoid()                # (B,) logit-normal(0, 1)
+        noise = torch.randn(latents.shape, generator=generator, device=device)                               # (B, C, H, W)
+        dropped = torch.rand(b, generator=generator, device=device) < config.prompt_dropout                  # (B,)
+        texts["prompts"] = torch.where(dropped[:, None], empty, batch.prompts)                               # (B, L)
+    if batch.tokens is not None:
+        t = 0.001 + 0.999 * stratified(b, generator)                                                         # (B,) in (0, 1]
+        mask = batch.answer & (torch.rand(batch.tokens.shape, generator=generator, device=device) < t[:, None])   # (B, L)
+        texts["masked"] = torch.where(mask, mask_id, batch.tokens)                                           # (B, L)
+    if config.cross_unseen and len(texts) == 2:
+        texts |= {"captions": batch.tokens, "empty": empty.expand_as(batch.tokens)}                          # (B, L)
+    encoded = dict(zip(texts, text_encoder(torch.cat(list(texts.values()))).split(b)))                       # (B, L, D) each
+    return Corrupted(latents, tuple(references), noise, sigma, encoded.get("prompts"), batch.tokens, mask, batch.answer, t,
+                     encoded.get("masked"), batch.features, encoded.get("captions"), encoded.get("empty"))
 
-    t = 0.001 + 0.999 * stratified(b, generator)                                              # (B,) in (0, 1]
-    mask = torch.rand(tokens.shape, generator=generator, device=device) < t[:, None]          # (B, L)
-    masked = torch.where(mask, mask_id, tokens)                                               # (B, L)
 
-    with torch.no_grad():
-        text = text_encoder(torch.cat([prompts, masked]))                                     # (2B, L, D)
-    out = model(torch.cat([noisy, latents]), text, torch.cat([1000 * sigma, torch.zeros_like(sigma)]),
-                want={"velocity": slice(0, b), "logits": slice(b, 2 * b)})
-    found = {"flow_matching": flow_matching_loss(out.velocity, noise, latents, sigma if config.released_loss else None),
-             "masked_token": masked_token_loss(out.logits, tokens, mask, t)}
-    if config.cross_weight:
-        found["contrastive"] = contrastive_loss(out.image_hidden, out.text_hidden)
-    found["loss"] = total_loss(found["flow_matching"], found["masked_token"], found.get("contrastive", 0.0),
-                               text_weight=config.text_weight, cross_weight=config.cross_weight)
-    return found
+class Objective(nn.Module):
+    """Equations (1) to (5) of a micro batch, whatever its task. A module, because DistributedDataParallel wants to see one forward
+    pass for each backward pass, and the two branches do not always fit into one batch of the model.
+    """
+
+    def __init__(self, model: MMDiT, config: TrainConfig):
+        super().__init__()
+        self.model, self.config = model, config
+
+    def branches(self, c: Corrupted) -> tuple[Output | None, Output | None]:
+        """The outputs of the image branch and of the text branch: of one pass, unless source pictures make the former longer."""
+        b, clean = len(c.latents), c.latents.new_zeros(len(c.latents))
+        depth = self.config.align_depth if c.features else None
+        if c.noise is not None:
+            noisy = torch.lerp(c.latents, c.noise, c.sigma.view(-1, 1, 1, 1))                 # (B, C, H, W) (1 - sigma) x + sigma e
+        if c.noise is not None and c.masked is not None and not c.references:
+            out = self.model(torch.cat([noisy, c.latents]), torch.cat([c.prompts, c.masked]), torch.cat([1000 * c.sigma, clean]),
+                             align_depth=depth, want={"velocity": slice(0, b), "logits": slice(b, 2 * b)})
+            return (out if depth is None else out._replace(image_mid=out.image_mid[:b], text_mid=out.text_mid[b:]),) * 2
+        drawn = written = None
+        if c.noise is not None:
+            drawn = self.model(noisy, c.prompts, 1000 * c.sigma, c.references, align_depth=depth, want=("velocity",))
+        if c.masked is not None:
+            written = self.model(c.latents, c.masked, clean, align_depth=depth, want=("logits",))
+        return drawn, written
+
+    def forward(self, c: Corrupted) -> dict[str, Tensor]:
+        """The losses by name, `loss` being their sum of equation (5)."""
+        drawn, written = self.branches(c)
+        config, found = self.config, {}
+        if drawn:
+            found["flow_matching"] = flow_matching_loss(drawn.velocity, c.noise, c.latents, c.sigma if config.released_loss else None)
+        if written:
+            found["masked_token"] = masked_token_loss(written.logits, c.tokens, c.mask, c.t, c.answer)
+        if drawn and written and config.cross_weight:
+            image_hidden, text_hidden = drawn.image_hidden, written.text_hidden               # (B, N, D), (B, L, D)
+            if config.cross_unseen:
+                clean = c.latents.new_zeros(len(c.latents))
+                image_hidden = self.model(c.latents, c.empty, clean, want=("velocity",)).image_hidden
+                text_hidden = self.model(None, c.captions, clean, want=("logits",)).text_hidden
+            found["contrastive"] = contrastive_loss(image_hidden, text_hidden)
+        if drawn and written and c.features:
+            found["intrinsic"] = intrinsic_loss(drawn.image_mid, c.features[0], written.text_mid, c.features[1])
+        found["loss"] = total_loss(*(found.get(name, 0.0) for name in ("flow_matching", "masked_token", "contrastive", "intrinsic")),
+                                   config.text_weight, config.cross_weight, config.intrinsic_weight)
+        return found
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -264,24 +351,23 @@ def load_optimizers(optimizers: list, folder: Path, world: int) -> tuple[int, fl
 
 # ---------------------------------------------------------------- what a run without released weights makes for itself
 
-def train_tokenizer(captions: list[str], path: Path) -> None:
-    """A sentencepiece model of whole words with T5's special ids, on the captions of the world."""
+def train_tokenizer(texts: list[str], path: Path) -> None:
+    """A sentencepiece model of whole words with T5's special ids, on the texts of the world."""
     model = io.BytesIO()
-    SentencePieceTrainer.train(sentence_iterator=iter(captions), model_writer=model, vocab_size=1000, hard_vocab_limit=False,
+    SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, vocab_size=1000, hard_vocab_limit=False,
                                model_type="word", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
     write_atomically(path, lambda file: file.write_bytes(model.getvalue()))
 
 
 def train_vae(config: TrainConfig, path: Path) -> None:
-    """The tiny autoencoder: squared error and a little KL, on crowded pictures (one to nine objects), which teach most per step.
+    """The tiny autoencoder: squared error and a little KL, on crowded pictures (one to nine objects), which teach most per step,
+    and on the maps of the perception tasks.
 
     Its latents are then scaled to unit variance, which SD3's constants do for SD3's latents.
     """
     rng, generator = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed)
-    drawn = (shapes.random_scene(rng, rng.randint(1, 9)) for _ in itertools.count())
-    scenes = list(itertools.islice((scene for scene in drawn if not shapes.held_out(scene)), 4096))
-    pictures = torch.from_numpy(np.stack([shapes.render(s) for s in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pictures = torch.from_numpy(np.stack([shapes.random_training_picture(rng) for _ in range(6000)])).permute(0, 3, 1, 2).float() / 127.5 - 1
     vae = VAE(replace(config.vae, scale=1.0, shift=0.0))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0)
     for step in tqdm(range(config.vae_steps), desc="autoencoder", unit="step"):
@@ -304,13 +390,78 @@ def train_vae(config: TrainConfig, path: Path) -> None:
     save(path, vae.state_dict(), vae.config)
 
 
+def scene_variant(scene: shapes.Scene, rng: random.Random) -> shapes.Scene:
+    """`scene` with the background changed, or one attribute of one object: made new, or exchanged with another object's.
+
+    The same scene where the change would be none or would put two objects into one cell.
+    """
+    name = rng.choice((*shapes.Object._fields[:4], "background"))
+    if name == "background":
+        return scene._replace(background=rng.choice(list(shapes.BACKGROUNDS)))
+    first, *rest = rng.sample(scene.objects, len(scene.objects))
+    exchange = bool(rest) and rng.random() < 0.5
+    other = rest.pop() if exchange else shapes.random_scene(rng, 1).objects[0]
+    objects = [first._replace(**{name: getattr(other, name)}), *[other._replace(**{name: getattr(first, name)})] * exchange, *rest]
+    free = len({o.cell for o in objects}) == len(objects)
+    return scene._replace(objects=tuple(sorted(objects, key=lambda o: o.cell))) if free else scene
+
+
+def scenes_and_variants(rng: random.Random, count: int, variants: int = 3) -> list[shapes.Scene]:
+    """`count` random scenes of one to three objects, each followed by different variants of it; none is held out."""
+    scenes = []
+    while len(scenes) < count * (1 + variants):
+        scene = shapes.random_scene(rng, rng.choices((1, 2, 3), (1, 2, 3))[0])
+        group = {scene.content(): scene} if not shapes.held_out(scene) else {}
+        while 0 < len(group) <= variants:
+            other = scene_variant(scene, rng)
+            group |= {other.content(): other} if not shapes.held_out(other) else {}
+        scenes += group.values()
+    return scenes
+
+
+def train_teacher(config: TrainConfig, tokenizer_path: Path, folder: Path) -> None:
+    """The small teacher: every picture finds its caption, and is found by it, among 64 scenes with three variants of each.
+
+    Random scenes differ in so much that a few attributes tell them apart; their variants differ in one.
+    """
+    rng, tokenizer = random.Random(config.seed), SentencePieceProcessor(model_proto=tokenizer_path.read_bytes())
+    torch.manual_seed(config.seed)
+    teacher = ContrastiveTeacher(ContrastiveTeacherConfig(vocab_size=tokenizer.get_piece_size()), tokenizer)
+    optimizer = torch.optim.AdamW(teacher.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in tqdm(range(config.teacher_steps), desc="teacher", unit="step"):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, (step + 1) / 30) * (1 - step / config.teacher_steps)
+        scenes = scenes_and_variants(rng, 64)
+        pixels = torch.from_numpy(np.stack([shapes.render(s) for s in scenes])).permute(0, 3, 1, 2)                 # (256, 3, H, W)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast):
+            image, text = teacher(pixels / 127.5 - 1, teacher.token_ids([shapes.caption(s) for s in scenes]))     # (256, d) each
+        loss = contrastive_loss(image.unsqueeze(1), text.unsqueeze(1))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
+        optimizer.step()
+    write_atomically(folder / "tokenizer.model", lambda file: file.write_bytes(tokenizer_path.read_bytes()))
+    save(folder / "model.safetensors", teacher.state_dict(), teacher.config)
+
+
 class Parts(typing.NamedTuple):
     """Where the frozen parts of a run are, and its data."""
-    data: Path
-    test: Path | None
+    data: tuple[Path, ...]
+    test: Path | None               # of a shapes world
     tokenizer: Path
     vae: Path
     text_encoder: Path
+    teacher: Path
+
+
+def parts_of(config: TrainConfig, run: Path) -> Parts:
+    """What the configuration names, and in the run's folder what it does not."""
+    world = Path(config.data or run / "data")
+    is_world = not config.data or world.is_dir()
+    data = (world / "train.jsonl",) if is_world else tuple(Path(path) for path in config.data.split(","))
+    return Parts(data, world / "test.jsonl" if is_world else None, Path(config.tokenizer_path or run / "tokenizer.model"),
+                 Path(config.vae_path or run / "vae.safetensors"), Path(config.t5_path or run / "text_encoder.safetensors"),
+                 Path(config.teacher_path or run / "teacher"))
 
 
 @contextlib.contextmanager
@@ -323,18 +474,16 @@ def timed(run: Path, phase: str):
     write_atomically(file, lambda f: f.write_text(json.dumps(seconds)))
 
 
-def prepare(config: TrainConfig, run: Path) -> Parts:
+def prepare(config: TrainConfig, run: Path) -> None:
     """Make whatever the configuration gives no path for; what an interrupted run has already made is kept."""
-    world = run / "data"
-    parts = Parts(Path(config.data or world / "train.jsonl"), None if config.data else world / "test.jsonl",
-                  Path(config.tokenizer_path or run / "tokenizer.model"), Path(config.vae_path or run / "vae.safetensors"),
-                  Path(config.t5_path or run / "text_encoder.safetensors"))
+    parts = parts_of(config, run)
     if not config.data and not parts.test.exists():
         with timed(run, "world"):
-            shapes.make_world(world, config.train_scenes, config.test_scenes, config.seed)
+            shapes.make_world(run / "data", config.train_scenes, config.test_scenes, config.seed)
     if not config.tokenizer_path and not parts.tokenizer.exists():
         with timed(run, "tokenizer"):
-            train_tokenizer([e.caption for e in read_jsonl(parts.data)[:5000]], parts.tokenizer)
+            examples = [e for path in parts.data for e in read_jsonl(path)]
+            train_tokenizer(list(dict.fromkeys(text for e in examples for text in (e.prompt, e.question, e.caption) if text)), parts.tokenizer)
     tokenizer = T5Tokenizer(parts.tokenizer)
     if not config.t5_path and not parts.text_encoder.exists():
         torch.manual_seed(config.seed)
@@ -343,15 +492,36 @@ def prepare(config: TrainConfig, run: Path) -> Parts:
     if not config.vae_path and not parts.vae.exists():
         with timed(run, "vae"):
             train_vae(config, parts.vae)
-    return parts
+    if config.intrinsic_weight and not config.teacher_path and not parts.teacher.exists():
+        with timed(run, "teacher"):
+            train_teacher(config, parts.tokenizer, parts.teacher)
 
 
 @torch.no_grad()
-def encode_all(dataset: Pairs, vae: VAE, device: torch.device) -> Tensor:
+def encode_all(dataset: Tasks, vae: VAE, device: torch.device) -> Tensor:
     """Mean latents of every picture of a dataset, (n, C, h, w) float32 on the CPU."""
-    chunks = torch.arange(len(dataset)).split(64)
-    return torch.cat([vae.encode(torch.stack([dataset.picture(i) for i in chunk.tolist()]).to(device)).float().cpu()
-                      for chunk in tqdm(chunks, desc="encoding pictures", unit="batch", leave=False)])
+    return torch.cat([vae.encode(torch.stack([load_image(path, dataset.image_size) for path in dataset.paths[i:i + 64]]).to(device)).float().cpu()
+                      for i in tqdm(range(0, len(dataset.paths), 64), desc="encoding pictures", unit="batch", leave=False)])
+
+
+def teacher_features(examples: list[Example], teacher_path: Path, cache: Path, image_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The teacher's features (n, d) of the examples' pictures and captions, float16, computed once and kept in `cache`.
+
+    The cache knows which teacher, pictures and captions it was made of; another one is made anew.
+    """
+    content = zlib.crc32("\n".join(f"{e.image}\t{e.caption}" for e in examples).encode())
+    made_of = {"teacher": str(teacher_path.resolve()), "content": str(content), "image_size": str(image_size),
+               "written": str(max(file.stat().st_mtime_ns for file in teacher_path.iterdir()))}
+    if cache.exists() and (file := Checkpoint(cache)).metadata.items() >= made_of.items():
+        return file.read("image", torch.float16), file.read("text", torch.float16)
+    teacher, images, texts = load_teacher(teacher_path, torch.bfloat16 if device.type == "cuda" else torch.float32, device), [], []
+    for i in tqdm(range(0, len(examples), 64), desc="teacher", unit="batch", leave=False):
+        chunk = examples[i:i + 64]
+        images.append(teacher.image_features(list(to_pictures(torch.stack([load_image(e.image, image_size) for e in chunk])))).half().cpu())
+        texts.append(teacher.text_features([e.caption for e in chunk]).half().cpu())
+    features = {"image": torch.cat(images), "text": torch.cat(texts)}                         # (n, d) each
+    save(cache, features, **made_of)
+    return features["image"], features["text"]
 
 
 # ---------------------------------------------------------------- the training loop
@@ -360,30 +530,30 @@ class Metrics:
     """metrics.jsonl: one line each `log_every` steps, means over the micro batches and ranks since the last one."""
 
     def __init__(self, path: Path, step: int, ranks: Ranks):
-        self.path, self.ranks, self.sums, self.count = path, ranks, {}, 0
+        self.path, self.ranks, self.sums = path, ranks, {}
         if ranks.first and path.exists():                       # what a resumed run does again goes, and a line that a kill cut off
             lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             write_atomically(path, lambda file: file.write_text("".join(line + "\n" for line in kept)))
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        self.count += 1
+    def add(self, task: str, values: dict[str, Tensor]) -> None:
+        """Every loss, over all tasks and for this one; every rank has the same task."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
+            for key in (name, f"{task}.{name}") if name != "loss" else (name,):
+                entry = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float32)])   # (2,) sum and count
+                self.sums[key] = self.sums[key] + entry if key in self.sums else entry
 
     def state(self) -> dict[str, Tensor]:
         """The sums of an unfinished line, for a checkpoint; every rank must call it."""
-        return {name: mean_over_ranks(value.clone(), self.ranks) for name, value in self.sums.items()} | {
-            "count": torch.tensor(self.count)}
+        return {name: mean_over_ranks(value.clone(), self.ranks) for name, value in self.sums.items()}
 
     def load_state(self, state: dict[str, Tensor], device: torch.device) -> None:
-        self.count = int(state.pop("count"))
         self.sums = {name: value.to(device) for name, value in state.items()}
 
     def write(self, step: int, **extra: float) -> dict[str, float]:
-        means = mean_over_ranks(torch.stack(list(self.sums.values())) / self.count, self.ranks).tolist()
-        line = {"step": step} | {name: round(value, 6) for name, value in zip(self.sums, means)} | extra
-        self.sums, self.count = {}, 0
+        sums = mean_over_ranks(torch.stack(list(self.sums.values())), self.ranks)             # (names, 2)
+        line = {"step": step} | {name: round(mean, 6) for name, mean in zip(self.sums, (sums[:, 0] / sums[:, 1]).tolist())} | extra
+        self.sums = {}
         if self.ranks.first:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -399,19 +569,50 @@ def load_frozen(config: TrainConfig, parts: Parts, device: torch.device) -> tupl
     return tokenizer, text_encoder.eval().requires_grad_(False), vae.eval().requires_grad_(False)
 
 
+def load_tasks(config: TrainConfig, parts: Parts, tokenizer: T5Tokenizer, ranks: Ranks) -> Tasks:
+    """The data with the teacher's features. The first rank computes those, the others wait and read its cache."""
+    dataset = Tasks([e for path in parts.data for e in read_jsonl(path)], tokenizer, config.sampling.image_size,
+                    config.sampling.text_length, config.weights, config.captioned)
+    if ranks.first:
+        shares = {}
+        for group in dataset.groups:
+            shares[group.task] = shares.get(group.task, 0) + group.weight
+        tqdm.write("tasks: " + ", ".join(f"{task} {share / sum(shares.values()):.0%}" for task, share in shares.items())
+                   + (f"; not trained: {', '.join(dataset.left_out)}" if dataset.left_out else ""))
+    if config.intrinsic_weight and dataset.aligned:
+        aligned, cache = [dataset.examples[i] for i in dataset.aligned], parts.data[0].with_suffix(".teacher.safetensors")
+        for turn in (ranks.first, not ranks.first):
+            if turn:
+                dataset.features = teacher_features(aligned, parts.teacher, cache, config.sampling.image_size, ranks.device)
+            if ranks.world > 1:
+                dist.barrier()
+    return dataset
+
+
+def averaged_weights(run: Path) -> Path | None:
+    """The averaged weights of a run's newest checkpoint; None if the path is no run."""
+    return max(run.glob("checkpoint-*/ema.safetensors"), default=None)
+
+
 def load_models(config: TrainConfig, vocab_size: int, resumed: Path | None, device: torch.device) -> tuple[MMDiT, MMDiT]:
     """The model and its average: from the run's checkpoint, from --init, or fresh."""
     torch.manual_seed(config.seed)                              # an SD3 checkpoint too leaves tensors to be initialised
     if resumed:
         model, average = (MMDiT.from_pretrained(resumed / f"{name}.safetensors") for name in ("model", "ema"))
+    elif config.init:
+        path = averaged_weights(Path(config.init)) or config.init
+        heads = {} if MMDiT.from_pretrained(path, device="meta").config.align_dims or not config.intrinsic_weight else {
+            "align_dims": config.model.align_dims, "align_silu": config.model.align_silu}     # SD3 has none: fresh ones
+        model = MMDiT.from_pretrained(path, **heads)
+        average = copy.deepcopy(model)
     else:
-        model = MMDiT.from_pretrained(config.init) if config.init else MMDiT(replace(config.model, vocab_size=vocab_size))
+        model = MMDiT(replace(config.model, vocab_size=vocab_size))
         average = copy.deepcopy(model)
     model.gradient_checkpointing = config.gradient_checkpointing
     return model.to(device), average.to(device).requires_grad_(False)
 
 
-def check_parts(config: TrainConfig, model: MMDiT, text_encoder: T5Encoder, vae: VAE, tokenizer: T5Tokenizer) -> None:
+def check_parts(config: TrainConfig, model: MMDiT, text_encoder: T5Encoder, vae: VAE, tokenizer: T5Tokenizer, dataset: Tasks) -> None:
     """Raise ValueError before the long work if the parts do not fit together."""
     c, pixels = model.config, vae.downscale * model.config.patch_size
     if config.sampling.image_size % pixels:
@@ -424,6 +625,12 @@ def check_parts(config: TrainConfig, model: MMDiT, text_encoder: T5Encoder, vae:
                                 ("latent_channels", c.latent_channels, vae.config.latent_channels)):
         if wanted != found:
             raise ValueError(f"the parts do not fit together: {what} is {wanted} in the model and {found} in the frozen part beside it")
+    if dataset.features is not None:
+        if not c.align_dims or c.align_dims[1] != dataset.features[0].shape[1]:
+            raise ValueError(f"the teacher's features are {dataset.features[0].shape[1]} wide, the model's alignment heads are "
+                             f"{c.align_dims or 'missing'}; change --model.align_dims, or --intrinsic_weight 0")
+        if not 1 <= config.align_depth <= c.depth:
+            raise ValueError(f"--align_depth {config.align_depth}: the model has blocks 1 to {c.depth}")
 
 
 def _as_it_is(batch):
@@ -451,15 +658,16 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path, signals: l
     """Train to config.steps from the newest checkpoint of the run, or from the start; a signal in `signals` stops it: False."""
     device, resumed = ranks.device, newest_checkpoint(run)
     tokenizer, text_encoder, vae = load_frozen(config, parts, device)
-    dataset = Pairs(parts.data, tokenizer, config.sampling.image_size, config.sampling.text_length)
+    dataset = load_tasks(config, parts, tokenizer, ranks)
     model, average = load_models(config, tokenizer.vocab_size, resumed, device)
-    check_parts(config, model, text_encoder, vae, tokenizer)
+    check_parts(config, model, text_encoder, vae, tokenizer, dataset)
     optimizers = make_optimizers(model, config)
     step, seconds, unfinished = load_optimizers(optimizers, resumed, ranks.world) if resumed else (0, 0.0, None)
     if config.cache_latents and step < config.steps:
         dataset.latents = encode_all(dataset, vae, device)
-    wrapped = DistributedDataParallel(model, find_unused_parameters=True, forward_sync_buffers=False) if ranks.world > 1 else model
-    order = BatchOrder(len(dataset), config.batch_size, config.seed, ranks.rank, ranks.world, step * config.accumulation)
+    objective = Objective(model, config)
+    wrapped = DistributedDataParallel(objective, find_unused_parameters=True, forward_sync_buffers=False) if ranks.world > 1 else objective
+    order = BatchOrder(dataset.groups, config.batch_size, config.seed, ranks.rank, ranks.world, step * config.accumulation)
     batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=config.workers, collate_fn=_as_it_is,
                               worker_init_fn=_leave_signals_to_the_main_process))
     empty = tokenizer([""], length=config.sampling.text_length).to(device)                    # (1, L)
@@ -471,19 +679,18 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path, signals: l
     bar = tqdm(total=config.steps, initial=step, desc="training", unit="step", disable=not ranks.first)
     while step < config.steps:
         for micro in range(config.accumulation):
-            batch = next(batches)
+            batch = next(batches).to(device)
             generator = torch.Generator(device).manual_seed(noise_seed(config, step, micro, ranks.rank))
-            tokens = batch.tokens.to(device)
-            if batch.latents is not None:
-                latents = batch.latents.to(device)
-            else:
-                latents = vae.encode(batch.pictures.to(device), sample=True, generator=generator).float()
+            latents = batch.latents                                                           # (B, 1 + R, C, H, W)
+            if latents is None:
+                latents = vae.encode(batch.pictures.flatten(0, 1), sample=True, generator=generator).float()
+                latents = latents.unflatten(0, batch.pictures.shape[:2])
             last = micro == config.accumulation - 1
             with contextlib.nullcontext() if last or ranks.world == 1 else wrapped.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
-                    found = dual_losses(wrapped, text_encoder, latents, tokens, tokenizer.mask_id, empty, generator, config)
+                    found = wrapped(corrupt(batch, latents, text_encoder, tokenizer.mask_id, empty, generator, config))
                 (found["loss"] / config.accumulation).backward()
-            metrics.add(found)
+            metrics.add(batch.task, found)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         if not norm.isfinite():
             raise SystemExit(f"step {step}: the gradient is not finite ({norm.item()}); lower --lr or --muon_lr. "
@@ -499,7 +706,7 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path, signals: l
 
         if step % config.log_every == 0 or step == config.steps:
             line = metrics.write(step, grad_norm=round(norm.item(), 4), seconds=round(time.time() - start, 1))
-            bar.set_postfix({name: f"{line[name]:.3f}" for name in ("flow_matching", "masked_token")})
+            bar.set_postfix({name: f"{line[name]:.3f}" for name in ("flow_matching", "masked_token") if name in line})
         stopping = mean_over_ranks(torch.tensor(float(len(signals)), device=device), ranks).item() > 0    # one rank's signal stops all
         if stopping or step % config.save_every == 0 or step == config.steps:
             unfinished = metrics.state()
@@ -553,15 +760,20 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
     """A preset with what the command line changes, or with --resume the run's. The preset is read first: --help shows its defaults."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="tiny")
-    preset = PRESETS[first.parse_known_args(argv)[0].preset]
+    first.add_argument("--stage", type=int, choices=(1, 2, 3))
+    known = first.parse_known_args(argv)[0]
+    preset = stage(PRESETS[known.preset], known.stage) if known.stage else PRESETS[known.preset]
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                                usage="train.py [-h] [--preset NAME] [--resume] [--FIELD VALUE ...]")
+                                usage="train.py [-h] [--preset NAME] [--stage 1|2|3] [--resume] [--FIELD VALUE ...]")
     p.add_argument("--preset", choices=PRESETS, default="tiny",
                    help="which defaults to start from, tiny if not given; the defaults shown below are those of the chosen one")
+    p.add_argument("--stage", type=int, choices=(1, 2, 3),
+                   help="one of the paper's stages: pairs; all tasks but questions; fine-tuning on everything. It changes the defaults "
+                        "of --weights, --steps, --out and --init (the run of the stage before); none: everything at once")
     p.add_argument("--resume", action="store_true", help="continue the run in --out, with the configuration it was started with")
     _add_fields(p.add_argument_group("fields of the configuration"), TrainConfig, preset)
     values = vars(p.parse_args(argv))
-    values.pop("preset")
+    del values["preset"], values["stage"]
     resume = values.pop("resume")
     try:
         config = _override(preset, values)
@@ -580,21 +792,42 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
     if file.exists() and (newest_checkpoint(file.parent) or (file.parent / "data").exists()):
         p.error(f"{config.out} already holds a run; continue it with --resume, choose another --out, or remove the folder")
     for path, group in (("init", "model."), ("vae_path", "vae."), ("t5_path", "text_encoder.")):
-        if getattr(config, path) and (given := [v for v in values if v.startswith(group)]):
+        if getattr(config, path) and (given := [v for v in values if v.startswith(group) and not v.startswith("model.align_")]):
             p.error(f"--{given[0]} has no effect beside --{path}: the checkpoint brings its own configuration; remove one of them")
     positive = ("steps", "batch_size", "accumulation", "log_every", "save_every", "lr", "clip")
     if wrong := [name for name in positive if not getattr(config, name) > 0]:
         p.error(f"--{wrong[0]} must be positive")
-    for name in ("data", "init", "vae_path", "t5_path", "tokenizer_path", "mask_token"):
-        if (path := getattr(config, name)) and not Path(path).exists():
-            p.error(f"--{name} {path}: no such file or folder")
-    for name in ("data", "vae_path", "t5_path", "tokenizer_path"):
-        made_by_the_run = config.train_scenes if name == "data" else config.vae_steps
-        if not made_by_the_run and not getattr(config, name):
-            p.error(f"--{name} is needed: this preset does not make one ({TrainConfig.__dataclass_fields__[name].metadata['help']})")
+    try:
+        parse_weights(config.weights)
+        config = inherit(config)
+    except ValueError as error:
+        p.error(str(error))
+    for name in ("data", "init", "vae_path", "t5_path", "tokenizer_path", "teacher_path", "mask_token"):
+        if missing := [path for path in getattr(config, name).split(",") if path and not Path(path).exists()]:
+            p.error(f"--{name} {missing[0]}: no such file or folder")
+    makes = {"data": config.train_scenes, "vae_path": config.vae_steps, "t5_path": config.vae_steps, "tokenizer_path": config.vae_steps,
+             "teacher_path": config.teacher_steps or not config.intrinsic_weight}
+    if needed := [name for name, made_by_the_run in makes.items() if not made_by_the_run and not getattr(config, name)]:
+        p.error(f"--{needed[0]} is needed: this preset does not make one ({TrainConfig.__dataclass_fields__[needed[0]].metadata['help']})")
     if not config.data and (config.test_scenes <= 0 or config.sampling.image_size != shapes.SIZE):
         p.error(f"the shapes world needs --test_scenes above 0 and --sampling.image_size {shapes.SIZE}")
     return config
+
+
+def inherit(config: TrainConfig) -> TrainConfig:
+    """With the folder of a run as --init: its frozen parts, and its shapes world if no other data is named."""
+    run = Path(config.init)
+    if not config.init or not (run / "run.json").is_file():
+        return config
+    if averaged_weights(run) is None:
+        raise ValueError(f"--init {run}: this run has no checkpoint yet")
+    before = read_config(run / "run.json")
+    parts = parts_of(before, run)
+    found = {"data": parts.data[0].parent if parts.test else "", "vae_path": parts.vae, "t5_path": parts.text_encoder,
+             "tokenizer_path": parts.tokenizer, "mask_token": before.mask_token}
+    if before.intrinsic_weight:
+        found["teacher_path"] = parts.teacher
+    return replace(config, **{name: str(value) for name, value in found.items() if value and not getattr(config, name)})
 
 
 def read_config(file: Path) -> TrainConfig:
@@ -617,7 +850,7 @@ def main(argv: list[str] | None = None) -> None:
             prepare(config, run)
         if ranks.world > 1:
             dist.barrier()
-        parts = prepare(config, run)
+        parts = parts_of(config, run)
         with timed(run, "model") if ranks.first else contextlib.nullcontext(), caught_signals() as signals:
             finished = train(config, ranks, parts, run, signals)
         if ranks.first and finished and parts.test:
