@@ -1,7 +1,7 @@
 """Datasets in JSON lines, as the released code reads them: one parser for every format, one dataset, one order of batches.
 
-A task is a record, not a branch in the code: what an example has (a prompt to draw, source pictures, a caption, a question) decides
-what is trained with it. A batch is of one task and one number of source pictures; tasks alternate by their weights (section 4).
+A task is a record, not a branch in the code: what an example has (a prompt to draw, source pictures, a caption, a question)
+decides what is trained with it. A batch is of one task and one number of source pictures; tasks alternate by their weights (section 4).
 
 Four kinds of records (image paths are relative to the JSONL's folder, or absolute):
   text to image   {"image": ["a.png"], "conversations": [{"from": "human", "value": CAPTION}, {"from": "gpt", "value": "<image>"}]}
@@ -17,6 +17,7 @@ Run alone to check a file and count its tasks:   python data.py FILE.jsonl
 import collections
 import itertools
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,8 @@ def _texts(turns) -> list[str]:
 def parse_record(record: dict, folder: Path) -> list[Example]:
     """The examples of one record; a question record has one for each question. Raises KeyError or ValueError for an unknown form."""
     task = record.get("task")
+    if not isinstance(task, str | None):
+        raise ValueError(f"'task' is {task!r:.60}, expected a name")
     if "original_images" in record:
         sources = tuple(folder / name for name in record["original_images"])
         target, kind = folder / record["generated_images"][0], "image_to_image" if sources else "text_to_image"
@@ -164,7 +167,7 @@ def parse_weights(text: str) -> dict[str, float]:
         weights = {name.strip(): float(value) for name, _, value in (part.partition("=") for part in text.split(","))}
     except ValueError:
         weights = {}
-    if not weights or min(weights.values()) < 0 or not max(weights.values()) > 0:
+    if "" in weights or not any(weights.values()) or not all(0 <= weight < math.inf for weight in weights.values()):
         raise ValueError(f"weights {text!r}, expected TASK=NUMBER,... with * for every other task, for instance questions=2,*=1")
     return weights
 
@@ -174,21 +177,23 @@ class Tasks(Dataset):
 
     weights: of the tasks' batches; a task's groups share its weight by their sizes. captioned: the tasks whose captions train the
     text branch, besides questions (`*`: every task). Set `latents` (one for each of `paths`) to have them returned in place of
-    pictures, so that each picture is encoded only once; set `features` to the teacher's (image and text, one row for each of `aligned`).
+    pictures, so that each picture is encoded only once; `features`: the teacher's of picture and text, a row for each of `aligned`.
+    Raises ValueError for unknown tasks and for texts that hold the mask token.
     """
 
     def __init__(self, examples: list[Example], tokenizer: T5Tokenizer, image_size: int, text_length: int, weights: str = "*=1",
                  captioned: str = "*"):
         given, tasks = parse_weights(weights), {e.task for e in examples}
-        named = {name for name in (*given, *captioned.split(",")) if name not in ("", "*")}
-        if unknown := sorted(named - tasks):
+        written = {name.strip() for name in captioned.split(",")} - {""}
+        if unknown := sorted({*given, *written} - {"*"} - tasks):
             raise ValueError(f"no records of the task {unknown[0]!r}; the data has {', '.join(sorted(tasks))}")
         weight = {task: given.get(task, given.get("*", 0.0)) for task in tasks}
         self.left_out = sorted(task for task in tasks if not weight[task])
         self.examples = [e for e in examples if weight[e.task]]
         if not self.examples:
             raise ValueError(f"no examples are left: the data has {', '.join(sorted(tasks))}, the weights are {weights}")
-        self.writes = [bool(e.caption) and (e.prompt is None or captioned == "*" or e.task in captioned.split(",")) for e in self.examples]
+        self.writes = [bool(e.caption) and (e.prompt is None or "*" in written or e.task in written)
+                       for e in self.examples]
         for e in self.examples:
             if (found := "<extra_id_0>") in f"{e.prompt} {e.question} {e.caption}":
                 raise ValueError(f"the text of {e.image} holds the mask token {found}; remove it")
@@ -201,9 +206,9 @@ class Tasks(Dataset):
         self.paths = list(dict.fromkeys(path for e in self.examples for path in (e.image, *e.sources)))
         place = {path: i for i, path in enumerate(self.paths)}
         self.places = [[place[path] for path in (e.image, *e.sources)] for e in self.examples]
-        self.prompts = tokenizer([e.prompt or "" for e in self.examples], length=text_length).int()               # (n, L)
-        self.tokens, self.answer = tokenizer.dialogue([e.question for e in self.examples], [e.caption for e in self.examples], text_length)
-        self.tokens = self.tokens.int()                                                                           # (n, L)
+        self.prompts = tokenizer([e.prompt or "" for e in self.examples], length=text_length).int()                  # (n, L)
+        tokens, self.answer = tokenizer.dialogue(*zip(*((e.question, e.caption) for e in self.examples)), text_length)
+        self.tokens = tokens.int()                                                                                   # (n, L)
         self.aligned = [i for i, e in enumerate(self.examples) if e.prompt is not None and self.writes[i]]
         self.row = {i: row for row, i in enumerate(self.aligned)}
         self.image_size = image_size
@@ -241,8 +246,8 @@ class BatchOrder(Sampler[list[int]]):
     def __init__(self, groups: list[Group], batch: int, seed: int, rank: int = 0, world: int = 1, start: int = 0):
         for group in groups:
             if len(group.indices) < batch * world:
-                raise ValueError(f"{len(group.indices)} examples of the task {group.task!r} with the same number of source pictures are "
-                                 f"not enough for one batch of {batch} on each of {world} ranks; add some or give the task no weight")
+                raise ValueError(f"{len(group.indices)} examples of the task {group.task!r} with the same number of source pictures "
+                                 f"are not enough for one batch of {batch} on each of {world} ranks; add some, or no weight for it")
         self.groups, self.batch, self.seed, self.rank, self.world, self.start = groups, batch, seed, rank, world, start
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -58,7 +58,8 @@ class Scene(NamedTuple):
 
 def _random_object(rng: random.Random, cell: int, shapes: Sequence[str] = SHAPES) -> Object:
     shift = range(-JITTER, JITTER + 1)
-    return Object(rng.choice(list(RADII)), rng.choice(list(COLORS)), rng.choice(shapes), cell, (rng.choice(shift), rng.choice(shift)))
+    return Object(rng.choice(list(RADII)), rng.choice(list(COLORS)), rng.choice(shapes), cell,
+                  (rng.choice(shift), rng.choice(shift)))
 
 
 def random_scene(rng: random.Random, count: int, shapes: Sequence[str] = SHAPES) -> Scene:
@@ -224,7 +225,8 @@ def parse_caption(text: str) -> Scene | None:
 NUMBERS = ("no", "one", "two", "three")
 RELATIONS = {"left of": lambda a, b: a.cell % 3 < b.cell % 3, "right of": lambda a, b: a.cell % 3 > b.cell % 3,
              "above": lambda a, b: a.cell // 3 < b.cell // 3, "below": lambda a, b: a.cell // 3 > b.cell // 3}
-CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution", "negation")    # GenEval's, and no
+CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution",    # GenEval's
+              "negation")
 
 
 def fits(o: Object, phrase: str) -> bool:
@@ -268,14 +270,14 @@ def satisfies(scene: Scene, prompt: str) -> bool:
 
 
 def random_prompt(rng: random.Random, category: str) -> tuple[str, Scene]:
-    """A prompt of one of CATEGORIES that tells a part of a scene, and a scene that it is true of; half of them name the background."""
+    """A prompt of one of CATEGORIES, which tells a part of a scene, and the scene; half of the prompts name the background."""
     if category == "counting":
         count = rng.choice((2, 3))
         scene = random_scene(rng, count)
         part = rng.choice([{"shape": rng.choice(SHAPES)}, {"color": rng.choice(list(COLORS))},
                            {"shape": rng.choice(SHAPES), "color": rng.choice(list(COLORS))}])
         scene = scene._replace(objects=tuple(o._replace(**part) for o in scene.objects))
-        text = f"{NUMBERS[count]} {' '.join([part[name] for name in ('color',) if name in part] + [part.get('shape', 'object')])}s"
+        text = " ".join([NUMBERS[count], *[part[name] for name in ("color",) if name in part], part.get("shape", "object") + "s"])
     elif category == "negation":
         count = rng.choice((1, 2, 3))
         scene = random_scene(rng, count)
@@ -380,7 +382,8 @@ def random_composition(rng: random.Random, references: Sequence[Object]) -> tupl
     if joints and rng.random() < 0.4:
         text = f"the object of picture 1 {rng.choice(joints)} the object of picture 2"
     else:
-        text = " and ".join(f"{'that' if i else 'the object'} of picture {i + 1} at the {PLACES[o.cell]}" for i, o in enumerate(objects))
+        text = " and ".join(f"{'that of' if i else 'the object of picture'} {i + 1} at the {PLACES[o.cell]}"
+                            for i, o in enumerate(objects))
     return f"put {text} on a {scene.background} background", scene._replace(objects=tuple(sorted(objects, key=lambda o: o.cell)))
 
 
@@ -403,10 +406,11 @@ QUESTIONS = ("count", "what", "exists", "where", "color", "background")
 
 
 def random_question(rng: random.Random, scene: Scene, kind: str) -> tuple[str, str] | None:
-    """A question of one of QUESTIONS and its answer, the answers as evenly spread as can be; None if it cannot be asked of the scene."""
+    """A question of one of QUESTIONS and its answer; None if it cannot be asked of the scene. Yes and no are equally frequent."""
     o = rng.choice(scene.objects)
     if kind == "count":
-        some, noun = rng.choice([o.color, o.size, rng.choice(list(COLORS)), ""]), rng.choice(["objects", f"{o.shape}s", f"{rng.choice(SHAPES)}s"])
+        some = rng.choice([o.color, o.size, rng.choice(list(COLORS)), ""])
+        noun = rng.choice(["objects", f"{o.shape}s", f"{rng.choice(SHAPES)}s"])
         phrase = f"{some} {noun}".strip()
         return f"how many {phrase} are there?", ("zero", *NUMBERS[1:])[sum(fits(p, phrase) for p in scene.objects)]
     if kind == "what":
@@ -425,7 +429,9 @@ def random_question(rng: random.Random, scene: Scene, kind: str) -> tuple[str, s
     phrase = f"{o.color} {o.shape}" if kind == "where" else rng.choice([o.shape, f"{o.size} {o.shape}"])
     if sum(fits(p, phrase) for p in scene.objects) > 1:
         return None
-    return (f"where is the {phrase}?", f"at the {PLACES[o.cell]}") if kind == "where" else (f"what color is the {phrase}?", o.color)
+    if kind == "where":
+        return f"where is the {phrase}?", f"at the {PLACES[o.cell]}"
+    return f"what color is the {phrase}?", o.color
 
 
 def question_kind(question: str) -> str:
@@ -478,7 +484,7 @@ class _Split:
 
 
 def _pairs(s: _Split, n: int) -> list[tuple[str, Scene]]:
-    """Text to image with full captions; test scenes have 1, 2 and 3 objects equally often, training scenes in the ratio 1 : 2 : 3."""
+    """Full captions: 1, 2 and 3 objects equally often in the test, in the ratio 1 : 2 : 3 in training (there is more to learn)."""
     made = []
     for i in range(n):
         count = 1 + i % 3 if s.split == "test" else s.rng.choices((1, 2, 3), (1, 2, 3))[0]
@@ -489,7 +495,7 @@ def _pairs(s: _Split, n: int) -> list[tuple[str, Scene]]:
 
 
 def _partial_prompts(s: _Split, n: int, pairs: list) -> None:
-    """Text to image with prompts that tell a part: the composition form without a reference picture, as the caption is another text."""
+    """Text to image with prompts that tell a part: compositions of no reference pictures, since the caption is another text."""
     for i in range(n):
         category = CATEGORIES[i % len(CATEGORIES)]
         prompt, [scene] = s.draw(lambda: ((made := random_prompt(s.rng, category))[0], [made[1]]))

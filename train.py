@@ -105,6 +105,7 @@ class TrainConfig:
     workers: int = _field(4, "processes that load pictures")
     log_every: int = _field(20, "steps per line of metrics.jsonl")
     save_every: int = _field(1000, "steps per checkpoint; the last one is kept")
+    keep: tuple[int, ...] = _field((), "steps whose averaged weights are kept for good, as kept-*.safetensors")
 
 
 _TINY = TrainConfig(                 # both vocabulary sizes become those of the tokenizer that the run trains
@@ -112,16 +113,17 @@ _TINY = TrainConfig(                 # both vocabulary sizes become those of the
     weights="text_to_image=6,edits=5,edges=2.5,depth=1,pose=1,personalisation=2.5,questions=2.5", captioned="text_to_image",
     model=MMDiTConfig(width=128, depth=4, num_heads=4, text_dim=128, position_table=8, qk_norm=True, text_positions=32,
                       number_references=True, align_dims=(256, 128), align_silu=False),
-    vae=VAEConfig(block_channels=(32, 32), layers_per_block=1, norm_groups=1, mid_attention=False, stem=4),
+    vae=VAEConfig(block_channels=(48, 48), layers_per_block=1, norm_groups=1, mid_attention=False, stem=4),
     text_encoder=T5Config(dim=128, head_dim=32, ff_dim=256, depth=2, num_heads=4),
     sampling=SampleSettings(image_size=64, text_length=32, steps=20, guidance=2.0, shift=1.0, text_steps=16),
-    train_scenes=30_000, test_scenes=510, vae_steps=6000, teacher_steps=600, steps=22_000, batch_size=16, accumulation=1,
+    train_scenes=30_000, test_scenes=510, vae_steps=5000, teacher_steps=600, steps=22_000, batch_size=16, accumulation=1,
     lr=5e-3, muon_lr=0.025, beta2=0.95, weight_decay=0.0, warmup=100, decay=True, clip=1.0, ema=0.998, align_depth=2,
     cache_latents=True, workers=0, log_every=50, save_every=1000)
 
 PRESETS = {
     "tiny": _TINY,
-    "mini": replace(_TINY, out="runs/mini", train_scenes=1200, test_scenes=12, vae_steps=300, teacher_steps=30, steps=300, save_every=100),
+    "mini": replace(_TINY, out="runs/mini", train_scenes=1200, test_scenes=12, vae_steps=300, teacher_steps=30, steps=300,
+                    save_every=100),
     "sd3": replace(TrainConfig(), gradient_checkpointing=True, model=MMDiTConfig(align_dims=(2048, 3584), align_silu=False)),
 }
 
@@ -367,7 +369,8 @@ def train_vae(config: TrainConfig, path: Path) -> None:
     """
     rng, generator = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed)
-    pictures = torch.from_numpy(np.stack([shapes.random_training_picture(rng) for _ in range(6000)])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    drawn = np.stack([shapes.random_training_picture(rng) for _ in range(6000)])
+    pictures = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1                # (6000, 3, H, W)
     vae = VAE(replace(config.vae, scale=1.0, shift=0.0))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0)
     for step in tqdm(range(config.vae_steps), desc="autoencoder", unit="step"):
@@ -483,7 +486,8 @@ def prepare(config: TrainConfig, run: Path) -> None:
     if not config.tokenizer_path and not parts.tokenizer.exists():
         with timed(run, "tokenizer"):
             examples = [e for path in parts.data for e in read_jsonl(path)]
-            train_tokenizer(list(dict.fromkeys(text for e in examples for text in (e.prompt, e.question, e.caption) if text)), parts.tokenizer)
+            texts = dict.fromkeys(text for e in examples for text in (e.prompt, e.question, e.caption) if text)
+            train_tokenizer(list(texts), parts.tokenizer)
     tokenizer = T5Tokenizer(parts.tokenizer)
     if not config.t5_path and not parts.text_encoder.exists():
         torch.manual_seed(config.seed)
@@ -500,11 +504,13 @@ def prepare(config: TrainConfig, run: Path) -> None:
 @torch.no_grad()
 def encode_all(dataset: Tasks, vae: VAE, device: torch.device) -> Tensor:
     """Mean latents of every picture of a dataset, (n, C, h, w) float32 on the CPU."""
-    return torch.cat([vae.encode(torch.stack([load_image(path, dataset.image_size) for path in dataset.paths[i:i + 64]]).to(device)).float().cpu()
-                      for i in tqdm(range(0, len(dataset.paths), 64), desc="encoding pictures", unit="batch", leave=False)])
+    chunks = [dataset.paths[i:i + 64] for i in range(0, len(dataset.paths), 64)]
+    return torch.cat([vae.encode(torch.stack([load_image(path, dataset.image_size) for path in chunk]).to(device)).float().cpu()
+                      for chunk in tqdm(chunks, desc="encoding pictures", unit="batch", leave=False)])
 
 
-def teacher_features(examples: list[Example], teacher_path: Path, cache: Path, image_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def teacher_features(examples: list[Example], teacher_path: Path, cache: Path, image_size: int,
+                     device: torch.device) -> tuple[Tensor, Tensor]:
     """The teacher's features (n, d) of the examples' pictures and captions, float16, computed once and kept in `cache`.
 
     The cache knows which teacher, pictures and captions it was made of; another one is made anew.
@@ -517,7 +523,8 @@ def teacher_features(examples: list[Example], teacher_path: Path, cache: Path, i
     teacher, images, texts = load_teacher(teacher_path, torch.bfloat16 if device.type == "cuda" else torch.float32, device), [], []
     for i in tqdm(range(0, len(examples), 64), desc="teacher", unit="batch", leave=False):
         chunk = examples[i:i + 64]
-        images.append(teacher.image_features(list(to_pictures(torch.stack([load_image(e.image, image_size) for e in chunk])))).half().cpu())
+        pictures = to_pictures(torch.stack([load_image(e.image, image_size) for e in chunk]))                # (b, H, W, 3)
+        images.append(teacher.image_features(list(pictures)).half().cpu())
         texts.append(teacher.text_features([e.caption for e in chunk]).half().cpu())
     features = {"image": torch.cat(images), "text": torch.cat(texts)}                         # (n, d) each
     save(cache, features, **made_of)
@@ -666,7 +673,9 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path, signals: l
     if config.cache_latents and step < config.steps:
         dataset.latents = encode_all(dataset, vae, device)
     objective = Objective(model, config)
-    wrapped = DistributedDataParallel(objective, find_unused_parameters=True, forward_sync_buffers=False) if ranks.world > 1 else objective
+    wrapped = objective
+    if ranks.world > 1:
+        wrapped = DistributedDataParallel(objective, find_unused_parameters=True, forward_sync_buffers=False)
     order = BatchOrder(dataset.groups, config.batch_size, config.seed, ranks.rank, ranks.world, step * config.accumulation)
     batches = iter(DataLoader(dataset, batch_sampler=order, num_workers=config.workers, collate_fn=_as_it_is,
                               worker_init_fn=_leave_signals_to_the_main_process))
@@ -704,10 +713,12 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path, signals: l
         step += 1
         bar.update()
 
-        if step % config.log_every == 0 or step == config.steps:
+        if step % config.log_every == 0 or step in (*config.keep, config.steps):
             line = metrics.write(step, grad_norm=round(norm.item(), 4), seconds=round(time.time() - start, 1))
             bar.set_postfix({name: f"{line[name]:.3f}" for name in ("flow_matching", "masked_token") if name in line})
         stopping = mean_over_ranks(torch.tensor(float(len(signals)), device=device), ranks).item() > 0    # one rank's signal stops all
+        if step in config.keep and ranks.first:
+            save(run / f"kept-{step:08d}.safetensors", average.state_dict(), average.config)
         if stopping or step % config.save_every == 0 or step == config.steps:
             unfinished = metrics.state()
             if ranks.first:

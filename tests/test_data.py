@@ -1,7 +1,13 @@
-"""data.py: every record format, pictures as they come from cameras and the web, and the order of batches."""
+"""data.py: every record format, pictures as they come from cameras and the web, groups of examples and the order of batches."""
+import collections
+import itertools
 import json
+import random
 import re
 import struct
+import runpy
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -9,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import Batch, BatchOrder, Example, Pairs, load_image, read_jsonl, to_pictures
+import data
+from data import Batch, BatchOrder, Example, Group, Tasks, load_image, parse_weights, read_jsonl, to_pictures
 
 
 @pytest.fixture
@@ -37,32 +44,48 @@ PAIR = {"image": [A], "conversations": [says("human", " a cat "), says("gpt", "<
 
 # ---------------------------------------------------------------- records
 
+def named(record, task):
+    return record if task is None else {"task": task} | record
+
+
+@pytest.mark.parametrize("task", [None, "", "drawings"])
 @pytest.mark.parametrize("turns", [[says("human", " a cat \n"), says("gpt", "<image>")], [" a cat \n", "<image>"]])
-def test_text_to_image(folder, turns):
-    assert read_jsonl(write(folder, {"image": [A], "conversations": turns})) == [
-        Example("text_to_image", folder / A, (), "a cat", "a cat")]
+def test_text_to_image(folder, turns, task):
+    assert read_jsonl(write(folder, named({"image": [A], "conversations": turns}, task))) == [
+        Example(task or "text_to_image", folder / A, (), "a cat", "", "a cat")]
 
 
+@pytest.mark.parametrize("task", [None, "edits"])
 @pytest.mark.parametrize("turns", [["a dog", "<image>"], [says("human", "a dog"), says("gpt", "<image>")], ["a dog"]])
-def test_image_to_image(folder, turns):
-    record = {"image": [A, B], "conversations": turns, "instruction": " make it a dog "}
-    assert read_jsonl(write(folder, record)) == [Example("image_to_image", folder / B, (folder / A,), "make it a dog", "a dog")]
+def test_image_to_image(folder, turns, task):
+    record = named({"image": [A, B], "conversations": turns, "instruction": " make it a dog "}, task)
+    assert read_jsonl(write(folder, record)) == [Example(task or "image_to_image", folder / B, (folder / A,), "make it a dog", "", "a dog")]
 
 
-def test_composition_with_any_number_of_references(folder):
-    record = {"original_images": [A, B, C], "generated_images": ["images/d.png"], "edit_prompt": " all three ", "caption": " three "}
-    without = {"original_images": [C], "generated_images": [A], "edit_prompt": "one"}
-    assert read_jsonl(write(folder, record, without)) == [
-        Example("image_to_image", folder / "images/d.png", (folder / A, folder / B, folder / C), "all three", "three"),
-        Example("image_to_image", folder / A, (folder / C,), "one", "")]
+def test_image_to_image_of_several_sources_and_without_a_caption(folder):
+    record = {"image": [A, B, C], "conversations": [says("human", "")], "instruction": "x", "task": "edges"}
+    assert read_jsonl(write(folder, record)) == [Example("edges", folder / C, (folder / A, folder / B), "x", "", "")]
 
 
+@pytest.mark.parametrize("task", [None, "personalisation"])
+def test_composition_with_any_number_of_references(folder, task):
+    records = [{"original_images": [A, B, C], "generated_images": ["images/d.png"], "edit_prompt": " all three ", "caption": " three "},
+               {"original_images": [C], "generated_images": [A], "edit_prompt": "one"},
+               {"original_images": [], "generated_images": [B], "edit_prompt": "none", "caption": "zero"}]
+    assert read_jsonl(write(folder, *(named(record, task) for record in records))) == [
+        Example(task or "image_to_image", folder / "images/d.png", (folder / A, folder / B, folder / C), "all three", "", "three"),
+        Example(task or "image_to_image", folder / A, (folder / C,), "one", "", ""),
+        Example(task or "text_to_image", folder / B, (), "none", "", "zero")]                 # a prompt that is not the caption
+
+
+@pytest.mark.parametrize("task", [None, "quiz"])
 @pytest.mark.parametrize("plain", [False, True])
-def test_questions(folder, plain):
+def test_questions(folder, plain, task):
     texts = ["<image>\nWhat is it?", "A cat.", "What colour?\n<image>", "Red."]
     turns = texts if plain else [says(("human", "gpt")[i % 2], text) for i, text in enumerate(texts)]
-    assert read_jsonl(write(folder, {"image": [B], "conversations": turns})) == [
-        Example("question", folder / B, (), "What is it?", "A cat."), Example("question", folder / B, (), "What colour?", "Red.")]
+    assert read_jsonl(write(folder, named({"image": [B], "conversations": turns}, task))) == [
+        Example(task or "questions", folder / B, (), None, "What is it?", "A cat."),
+        Example(task or "questions", folder / B, (), None, "What colour?", "Red.")]
 
 
 def test_mixed_file_with_blank_lines_keeps_the_order(folder):
@@ -106,6 +129,8 @@ def test_captions_of_any_characters(folder, text):
     ({"image": [A], "conversations": "abcd"}, "formats"),
     ({"image": [A], "conversations": [None, "<image>"]}, "formats"),
     ({"image": A, "conversations": ["a", "<image>"]}, "formats"),
+    (PAIR | {"task": 3}, "'task' is 3, expected a name"),
+    (PAIR | {"task": ["edits"]}, "'task' is ['edits'], expected a name"),
 ])
 def test_errors_name_the_line(folder, bad, words):
     path = write(folder, PAIR, "", bad)
@@ -270,84 +295,319 @@ def test_unreadable_pictures(tmp_path, content):
         load_image(path, 32)
 
 
-# ---------------------------------------------------------------- batches
+# ---------------------------------------------------------------- the order of batches
 
 def take(order, count):
-    batches = iter(order)
-    return [next(batches) for _ in range(count)]
+    return list(itertools.islice(order, count))
+
+
+def one(count):
+    """A single group of all of `count` examples."""
+    return [Group("only", list(range(count)), 1.0)]
+
+
+def groups_of(*weights, size=12):
+    """Groups of `size` examples each, numbered through, with these weights."""
+    return [Group(f"task {g}", list(range(g * size, (g + 1) * size)), weight) for g, weight in enumerate(weights)]
+
+
+MIXED = groups_of(3.0, 1.0, 0.5, 0.5)
 
 
 def test_order_is_deterministic_and_depends_on_the_seed():
-    assert take(BatchOrder(20, 3, seed=1), 15) == take(BatchOrder(20, 3, seed=1), 15)
-    assert take(BatchOrder(20, 3, seed=1), 6) != take(BatchOrder(20, 3, seed=2), 6)
+    for groups in (one(20), MIXED):
+        assert take(BatchOrder(groups, 3, seed=1), 15) == take(BatchOrder(groups, 3, seed=1), 15)
+        assert take(BatchOrder(groups, 3, seed=1), 6) != take(BatchOrder(groups, 3, seed=2), 6)
 
 
-@pytest.mark.parametrize("start", [0, 1, 5, 6, 7, 13])
+@pytest.mark.parametrize("start", [0, 1, 5, 6, 7, 13, 40])
 def test_start_continues_exactly(start):
-    whole = take(BatchOrder(20, 3, seed=1), 30)                                               # six batches an epoch
-    assert take(BatchOrder(20, 3, seed=1, start=start), 30 - start) == whole[start:]
+    for groups in (one(20), MIXED):                                                           # six batches an epoch; epochs of many lengths
+        whole = take(BatchOrder(groups, 3, seed=1), 60)
+        assert take(BatchOrder(groups, 3, seed=1, start=start), 60 - start) == whole[start:]
 
 
 def test_every_epoch_is_a_permutation_of_its_own():
-    batches = take(BatchOrder(12, 3, seed=4), 12)
+    batches = take(BatchOrder(one(12), 3, seed=4), 12)
     epochs = [sum(batches[i:i + 4], []) for i in (0, 4, 8)]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0] and epochs[0] != sorted(epochs[0])
 
 
+def test_every_epoch_of_every_group_is_a_permutation():
+    batches = take(BatchOrder(MIXED, 3, seed=4), 200)
+    orders = set()
+    for group in MIXED:
+        own = [batch for batch in batches if batch[0] in group.indices]
+        assert all(set(batch) <= set(group.indices) for batch in own) and len(own) >= 12
+        for i in range(0, len(own) - 3, 4):
+            epoch = sum(own[i:i + 4], [])
+            assert sorted(epoch) == group.indices
+            orders.add(tuple(x - group.indices[0] for x in epoch))
+    assert len(orders) > 45                                                                   # groups of one size do not share orders
+
+
 def test_ranks_are_disjoint_and_make_up_the_epoch():
-    ranks = [take(BatchOrder(20, 3, seed=2, rank=rank, world=2), 6) for rank in range(2)]     # three batches an epoch
+    ranks = [take(BatchOrder(one(20), 3, seed=2, rank=rank, world=2), 6) for rank in range(2)]    # three batches an epoch
     for epoch in (slice(0, 3), slice(3, 6)):
         seen = [i for rank in ranks for batch in rank[epoch] for i in batch]
         assert len(seen) == len(set(seen)) == 18 and set(seen) <= set(range(20))
-    single = take(BatchOrder(20, 6, seed=2), 6)                                               # the same data as one rank of twice the batch
+    single = take(BatchOrder(one(20), 6, seed=2), 6)                                          # the same data as one rank of twice the batch
     assert [a + b for a, b in zip(*ranks)] == single
 
 
-def test_too_small_for_one_batch():
-    assert len(take(BatchOrder(8, 4, seed=0, world=2), 1)[0]) == 4
-    with pytest.raises(ValueError, match="7 examples are not enough for one batch of 4 on each of 2 ranks"):
-        BatchOrder(7, 4, seed=0, world=2)
+def test_ranks_have_the_same_group_and_other_examples():
+    ranks = [take(BatchOrder(MIXED, 2, seed=2, rank=rank, world=3), 80) for rank in range(3)]
+    for batches in zip(*ranks):
+        seen = sum(batches, [])
+        assert len(set(seen)) == 6 and len({i // 12 for i in seen}) == 1                      # 12 examples a group
 
+
+def behind(groups, batches):
+    """How many batches each group is behind its share of the first 1, 2, ... batches, (batches, groups)."""
+    weights = np.array([group.weight for group in groups])
+    which = np.array([next(g for g, group in enumerate(groups) if batch[0] in group.indices) for batch in batches])
+    used = (which[:, None] == np.arange(len(groups))).cumsum(0)
+    return np.arange(1, len(batches) + 1)[:, None] * weights / weights.sum() - used
+
+
+@pytest.mark.parametrize("weights", [(1,), (1, 1), (3, 1, 0.5, 0.5), (6, 5, 2.5, 1, 1, 0.8, 0.8, 0.9, 2.5), (100, 1), (1, 1, 1, 1, 1, 1, 1)])
+def test_shares_follow_the_weights_at_any_time(weights):
+    """A group is never a whole batch ahead of its share, and hardly more than a batch behind it."""
+    groups = groups_of(*weights, size=2)
+    batches = take(BatchOrder(groups, 2, seed=0), 500)
+    found = behind(groups, batches)
+    assert found.min() > -1 and found.max() < 1.2
+    assert set(range(len(groups))) == {batch[0] // 2 for batch in batches[:round(2.5 * sum(weights) / min(weights))]}     # none waits for long
+
+
+def test_shares_follow_any_weights():
+    rng = random.Random(0)
+    for _ in range(40):
+        groups = groups_of(*(rng.random() ** 3 + 1e-3 for _ in range(rng.randint(2, 10))), size=1)
+        found = behind(groups, take(BatchOrder(groups, 1, seed=0), 300))
+        assert found.min() > -1 and found.max() < 1.2
+
+
+def test_order_does_not_depend_on_the_scale_of_the_weights():
+    assert take(BatchOrder(groups_of(3, 1, 2), 3, seed=0), 50) == take(BatchOrder(groups_of(0.75, 0.25, 0.5), 3, seed=0), 50)
+
+
+def test_too_small_for_one_batch():
+    assert len(take(BatchOrder(one(8), 4, seed=0, world=2), 1)[0]) == 4
+    for groups in (one(7), [*groups_of(1, 1), Group("only", list(range(7)), 1.0)]):
+        with pytest.raises(ValueError, match="7 examples of the task 'only' .* not enough for one batch of 4 on each of 2 ranks"):
+            BatchOrder(groups, 4, seed=0, world=2)
+
+
+# ---------------------------------------------------------------- weights
+
+@pytest.mark.parametrize("text, weights", [
+    ("*=1", {"*": 1}), ("edits=2,pose=0.5,*=1", {"edits": 2, "pose": 0.5, "*": 1}), (" a = 3 , b=0", {"a": 3, "b": 0}), ("a b=1e-3", {"a b": 0.001})])
+def test_weights(text, weights):
+    assert parse_weights(text) == weights
+
+
+@pytest.mark.parametrize("text", ["", "edits", "edits=", "=1", "edits=two", "edits=1,", "edits=1;pose=2", "edits=0", "a=0,b=0", "a=1,b=-1",
+                                  "a=nan", "a=1,b=nan", "a=inf", "a=1=2"])
+def test_weights_that_are_none(text):
+    with pytest.raises(ValueError, match=re.escape(f"weights {text!r}, expected TASK=NUMBER")):
+        parse_weights(text)
+
+
+# ---------------------------------------------------------------- tasks
 
 class Letters:
-    """A tokenizer for the tests: the code points of a text."""
-    mask_id = 1_000_000
+    """A tokenizer for the tests: the code points of a text, "_" at the end and as padding."""
 
     def __call__(self, texts, length):
-        return torch.tensor([[ord(c) for c in text.ljust(length)[:length]] for text in texts])
+        return torch.tensor([[ord(c) for c in text.ljust(length, "_")[:length]] for text in texts])
+
+    def dialogue(self, questions, answers, length):
+        starts = torch.tensor([len(q) for q in questions])
+        return self([q + a for q, a in zip(questions, answers)], length), torch.arange(length) >= starts[:, None]
+
+
+def letters(ids):
+    return ["".join(map(chr, row)) for row in ids.tolist()]
 
 
 @pytest.fixture
-def pairs(folder):
-    records = [{"image": [f"images/{name}.png"], "conversations": [name * 2, "<image>"]} for name in "abcde"]
-    question = {"image": [A], "conversations": ["<image>q", "answer"]}
-    return Pairs(write(folder, records[0], question, *records[1:]), Letters(), image_size=4, text_length=3)
+def records(folder):
+    """Three pairs, a prompt that is not the caption, two edits, a map, three compositions and two questions."""
+    def path(name):
+        return f"images/{name}.png"
+    pairs = [{"image": [path(name)], "conversations": [name * 2, "<image>"]} for name in "abc"]
+    partial = {"original_images": [], "generated_images": [path("d")], "edit_prompt": "p", "caption": "dd"}
+    edits = [{"task": "edits", "image": [path(s), path(t)], "conversations": [t * 2], "instruction": f"{s}>{t}"} for s, t in ("ab", "ce")]
+    edges = {"task": "edges", "image": [path("a"), path("e")], "conversations": [""], "instruction": "draw"}
+    compositions = [{"task": "all", "original_images": [path(s) for s in sources], "generated_images": [path(t)], "edit_prompt": sources,
+                     "caption": t} for sources, t in (("abc", "d"), ("b", "c"), ("c", "b"))]
+    questions = {"image": [path("e")], "conversations": ["<image>q", "one", "qq", "two"]}
+    return read_jsonl(write(folder, pairs[0], questions, *pairs[1:], partial, *edits, edges, *compositions))
 
 
-def test_pairs_with_pictures(pairs):
-    assert len(pairs) == 5                                                                    # the question is no pair
-    batch = pairs.__getitems__([4, 0, 2])
-    assert isinstance(batch, Batch) and batch.latents is None and batch.pictures.shape == (3, 3, 4, 4)
-    torch.testing.assert_close((batch.pictures[:, 0, 0, 0] + 1) * 127.5, torch.tensor([200.0, 0, 100]))
-    assert ["".join(map(chr, row)) for row in batch.tokens.tolist()] == ["ee ", "aa ", "cc "]
+def tasks(records, **options):
+    return Tasks(records, Letters(), image_size=4, text_length=6, **options)
 
 
-def test_pairs_with_latents(pairs, monkeypatch):
-    pairs.latents = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 16, 2, 2)
+def shape(dataset):
+    """{(task, number of sources): (size, weight)} of its groups."""
+    found = [(group.task, {len(dataset.examples[i].sources) for i in group.indices}) for group in dataset.groups]
+    assert all(len(counts) == 1 for _, counts in found)
+    return {(task, *counts): (len(group.indices), group.weight) for (task, counts), group in zip(found, dataset.groups)}
+
+
+def test_groups_are_by_task_and_number_of_sources(records):
+    dataset = tasks(records)
+    assert len(dataset) == len(records) == 12 and dataset.examples == records and dataset.left_out == []
+    assert shape(dataset) == {("text_to_image", 0): (4, 1), ("questions", 0): (2, 1), ("edits", 1): (2, 1), ("edges", 1): (1, 1),
+                              ("all", 1): (2, pytest.approx(2 / 3)), ("all", 3): (1, pytest.approx(1 / 3))}
+    assert sorted(i for group in dataset.groups for i in group.indices) == list(range(12))
+    for group in dataset.groups:
+        assert {dataset.examples[i].task for i in group.indices} == {group.task}
+
+
+def test_groups_have_the_weights_of_their_tasks(records):
+    dataset = tasks(records, weights="all=3,edits=0.5,edges=0,*=2")
+    assert shape(dataset) == {("text_to_image", 0): (4, 2), ("questions", 0): (2, 2), ("edits", 1): (2, 0.5), ("all", 1): (2, 2), ("all", 3): (1, 1)}
+    assert dataset.left_out == ["edges"] and len(dataset) == 11 and dataset.examples == [e for e in records if e.task != "edges"]
+    only = tasks(records, weights="questions=1")
+    assert shape(only) == {("questions", 0): (2, 1)} and only.left_out == ["all", "edges", "edits", "text_to_image"]
+    assert [path.name for path in only.paths] == ["e.png"]                                    # what is left out is not read either
+
+
+def test_a_task_of_pictures_with_and_without_captions(records):
+    """Not all examples of a task need to have a caption: they are in groups of their own."""
+    bare = records[0]._replace(caption="")
+    dataset = tasks([*records, bare], weights="text_to_image=5")
+    assert sorted((len(group.indices), group.weight) for group in dataset.groups) == [(1, 1), (4, 4)]
+    for group in dataset.groups:
+        assert (dataset.__getitems__(group.indices).tokens is None) == (group.indices == [4])
+
+
+@pytest.mark.parametrize("captioned, expected", [
+    ("*", {"text_to_image", "edits", "all", "questions"}), ("text_to_image", {"text_to_image", "questions"}), ("", {"questions"}),
+    ("edits, all", {"edits", "all", "questions"}), ("edges", {"questions"})])
+def test_captioned_tasks_train_the_text_branch(records, captioned, expected):
+    dataset = tasks(records, captioned=captioned)
+    writing = {e.task for e, writes in zip(dataset.examples, dataset.writes) if writes}
+    assert writing == expected and all((dataset.__getitems__(g.indices).tokens is not None) == (g.task in expected) for g in dataset.groups)
+    assert {dataset.examples[i].task for i in dataset.aligned} == expected - {"questions"}
+
+
+@pytest.mark.parametrize("options", [{"weights": "edit=1,*=1"}, {"captioned": "edit"}, {"captioned": "edits,edit"}])
+def test_unknown_tasks(records, options):
+    with pytest.raises(ValueError, match="no records of the task 'edit'; the data has all, edges, edits, questions, text_to_image"):
+        tasks(records, **options)
+
+
+def test_nothing_left(records):
+    with pytest.raises(ValueError, match="no examples are left.*text_to_image.*edges=0"):
+        tasks([e for e in records if e.task in ("text_to_image", "edges")], weights="text_to_image=0,*=1,edges=0")
+
+
+@pytest.mark.parametrize("field", ["prompt", "question", "caption"])
+def test_the_mask_token_in_a_text(records, field):
+    bad = records[1]._replace(**{field: "x <extra_id_0> y"})
+    with pytest.raises(ValueError, match="e.png holds the mask token <extra_id_0>"):
+        tasks([bad, *records])
+
+
+def level(pictures):
+    """The grey levels, which tell the pictures of the fixture apart."""
+    return ((pictures[..., 0, 0, 0] + 1) * 127.5).round().int().tolist()
+
+
+def of(dataset, task, sources):
+    return next(g.indices for g in dataset.groups if g.task == task and len(dataset.examples[g.indices[0]].sources) == sources)
+
+
+def test_batches_with_pictures(records):
+    dataset = tasks(records)
+    batch = dataset.__getitems__(of(dataset, "text_to_image", 0)[::-1])
+    assert isinstance(batch, Batch) and batch.task == "text_to_image" and batch.latents is batch.features is None
+    assert batch.pictures.shape == (4, 1, 3, 4, 4) and level(batch.pictures) == [[150], [100], [50], [0]]
+    assert letters(batch.prompts) == ["p_____", "cc____", "bb____", "aa____"] and batch.prompts.dtype == torch.int64
+    assert letters(batch.tokens) == ["dd____", "cc____", "bb____", "aa____"] and batch.answer.all() and batch.answer.shape == (4, 6)
+
+    batch = dataset.__getitems__(of(dataset, "edits", 1))
+    assert batch.pictures.shape == (2, 2, 3, 4, 4) and level(batch.pictures) == [[50, 0], [200, 100]]      # the picture, then its source
+    assert letters(batch.prompts) == ["a>b___", "c>e___"] and letters(batch.tokens) == ["bb____", "ee____"]
+
+    batch = dataset.__getitems__(of(dataset, "all", 3))
+    assert batch.pictures.shape == (1, 4, 3, 4, 4) and level(batch.pictures) == [[150, 0, 50, 100]]        # the sources in their order
+    assert letters(batch.prompts) == ["abc___"] and letters(batch.tokens) == ["d_____"]
+
+    batch = dataset.__getitems__(of(dataset, "edges", 1))
+    assert batch.tokens is batch.answer is None and letters(batch.prompts) == ["draw__"] and level(batch.pictures) == [[200, 0]]
+
+
+def test_batches_of_questions(records):
+    dataset = tasks(records)
+    batch = dataset.__getitems__(of(dataset, "questions", 0))
+    assert batch.task == "questions" and batch.prompts is None and level(batch.pictures) == [[200], [200]]
+    assert letters(batch.tokens) == ["qone__", "qqtwo_"] and batch.tokens.dtype == torch.int64
+    assert batch.answer.tolist() == [[False] + [True] * 5, [False] * 2 + [True] * 4]          # all but the question
+
+
+def test_batches_with_latents(records, monkeypatch):
+    dataset = tasks(records)
+    names = [path.stem for path in dataset.paths]
+    assert sorted(names) == list("abcde")                                                     # each picture once
+    dataset.latents = torch.tensor([float(ord(name)) for name in names]).view(5, 1, 1, 1).expand(5, 16, 2, 2)
     monkeypatch.setattr("data.load_image", lambda *_: pytest.fail("the picture was read again"))
-    batch = pairs.__getitems__([4, 0, 2])
-    assert batch.pictures is None and batch.latents.shape == (3, 16, 2, 2) and batch.latents[:, 0, 0, 0].tolist() == [4, 0, 2]
-    assert ["".join(map(chr, row)) for row in batch.tokens.tolist()] == ["ee ", "aa ", "cc "]
+    for group, expected in ((("edits", 1), ["ba", "ec"]), (("all", 3), ["dabc"]), (("questions", 0), ["e", "e"])):
+        batch = dataset.__getitems__(of(dataset, *group))
+        assert batch.pictures is None and batch.latents.shape == (len(expected), len(expected[0]), 16, 2, 2)
+        assert letters(batch.latents[..., 0, 0, 0].int()) == expected
+    assert letters(batch.tokens) == ["qone__", "qqtwo_"]
 
 
-def test_pairs_in_a_loader(pairs):
-    order = BatchOrder(len(pairs), 2, seed=0)
-    loader = torch.utils.data.DataLoader(pairs, batch_sampler=order, collate_fn=lambda batch: batch)
-    for batch, indices in zip(loader, take(order, 4)):
-        assert torch.equal(batch.tokens, pairs.tokens[indices]) and batch.pictures.shape == (2, 3, 4, 4)
+def test_batches_with_features(records):
+    dataset = tasks(records, captioned="text_to_image,all")
+    aligned = [dataset.examples[i] for i in dataset.aligned]
+    assert [e.image.stem for e in aligned] == ["a", "b", "c", "d", "d", "c", "b"]             # what is drawn and captioned, in order
+    image = torch.tensor([[float(ord(e.image.stem)), 1] for e in aligned]).half()
+    dataset.features = image, torch.tensor([[float(len(e.caption)), 2, 3] for e in aligned]).half()
+    found = dataset.__getitems__(of(dataset, "all", 1)).features
+    assert [x.shape for x in found] == [(2, 2), (2, 3)] and found[0].dtype == found[1].dtype == torch.float32
+    assert found[0].tolist() == [[ord("c"), 1], [ord("b"), 1]] and found[1].tolist() == [[1, 2, 3], [1, 2, 3]]
+    found = dataset.__getitems__(of(dataset, "text_to_image", 0)[1:3]).features
+    assert found[0][:, 0].tolist() == [ord("b"), ord("c")] and found[1][:, 0].tolist() == [2, 2]
+    for group in (("edits", 1), ("edges", 1), ("questions", 0)):
+        assert dataset.__getitems__(of(dataset, *group)).features is None
 
 
-def test_no_pairs(folder):
-    with pytest.raises(ValueError, match="no text-to-image records"):
-        Pairs(write(folder, {"image": [A], "conversations": ["<image>q", "answer"]}), Letters(), 4, 3)
+def test_batch_to_a_device_moves_every_tensor(records):
+    dataset = tasks(records)
+    dataset.features = torch.zeros(len(dataset.aligned), 2), torch.zeros(len(dataset.aligned), 3)
+    batch = dataset.__getitems__(of(dataset, "edits", 1)).to(torch.device("meta"))
+    assert batch.task == "edits" and batch.latents is None and isinstance(batch, Batch)
+    assert all(x.is_meta for x in (batch.pictures, batch.prompts, batch.tokens, batch.answer, *batch.features))
+
+
+def test_tasks_in_a_loader(records):
+    dataset = tasks(records)
+    order = BatchOrder(dataset.groups, 1, seed=0)
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=order, collate_fn=lambda batch: batch)
+    seen = collections.Counter()
+    for batch, indices in zip(loader, take(order, 25)):
+        example = dataset.examples[indices[0]]
+        assert batch.task == example.task and batch.pictures.shape == (1, 1 + len(example.sources), 3, 4, 4)
+        assert batch.prompts is None or torch.equal(batch.prompts, dataset.prompts[indices].long())
+        seen[batch.task] += 1
+    assert set(seen.values()) == {5} and len(seen) == 5                                       # every task alike, as the weights say
+
+
+# ---------------------------------------------------------------- run alone
+
+def test_run_alone(folder, monkeypatch, capsys):
+    question = {"image": [A], "conversations": ["q", "a", "q", "b"], "task": "quiz"}
+    found = subprocess.run([sys.executable, data.__file__, write(folder, PAIR, question, PAIR)], capture_output=True, text=True)
+    assert found.returncode == 0 and [line.split() for line in found.stdout.splitlines()] == [["text_to_image", "2"], ["quiz", "2"]]
+    for argument, words in ((write(folder, PAIR, "{"), "error: .*records.jsonl, line 2: not valid JSON"), ("--help", "Run alone to check")):
+        monkeypatch.setattr(sys, "argv", ["data.py", str(argument)])
+        with pytest.raises(SystemExit, match=words):
+            runpy.run_path(data.__file__, run_name="__main__")
+    assert capsys.readouterr().out == ""

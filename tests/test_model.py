@@ -201,13 +201,27 @@ def test_positions_are_read_at_full_precision_only_if_they_are_the_fixed_table(t
     assert torch.equal(loaded, trained)
 
 
+@torch.no_grad()
+def test_sd3_with_numbered_references(tmp_path):
+    """The numbers are fresh; without references the velocity is still exactly SD3's."""
+    save_file(golden("sd3_mmdit_diffusers")[0], tmp_path / "x.safetensors")
+    model = agrees_with_sd3(tmp_path / "x.safetensors", "sd3_mmdit_diffusers", num_heads=2, number_references=True)
+    assert model.config == MMDiTConfig(**SIZES, number_references=True) and model.number_embed.weight.std() > 0.01
+
+
+def test_released_weights_have_no_numbers(tmp_path, dual):
+    assert MMDiTConfig().number_references is False and dual.number_embed is None and not any("number" in name for name in dual.state_dict())
+    with pytest.raises(ValueError, match="number_embed.weight"):
+        MMDiT.from_pretrained(write_folder(tmp_path / "x", "unialignment_mmdit"), number_references=True)
+
+
 # ---------------------------------------------------------------- the project's own layout
 
 @torch.no_grad()
 def test_own_layout_round_trip_is_exact(tmp_path, tiny):
     save(tmp_path / "own.safetensors", tiny.state_dict(), tiny.config)
     again = MMDiT.from_pretrained(tmp_path / "own.safetensors")
-    assert again.config == OPTIONS
+    assert again.config == OPTIONS and again.number_embed is None
     for first, second in zip(tiny(*some_inputs(), align_depth=1), again(*some_inputs(), align_depth=1)):
         assert torch.equal(first, second)
     assert torch.equal(tiny.pos_embed, again.pos_embed)
@@ -307,6 +321,81 @@ def test_references_of_another_size(tiny):
     close(found.velocity, swapped.velocity, atol=1e-5)
     moved = tiny(latents, text, timestep, [wide, small.flip(3)])
     assert not torch.allclose(found.velocity, moved.velocity, atol=1e-4)
+
+
+def with_numbers(model):
+    """The same weights, and references that are told apart by their number."""
+    numbered = scramble(MMDiT(dataclasses.replace(OPTIONS, number_references=True)), seed=5)
+    missing, superfluous = numbered.load_state_dict(model.state_dict(), strict=False)
+    assert missing == ["number_embed.weight"] and not superfluous
+    return numbered
+
+
+@torch.no_grad()
+def test_numbers_tell_references_apart(tiny):
+    """Which reference is the first one matters with numbers, and to both heads; without them they are a set."""
+    numbered, inputs, (a, b) = with_numbers(tiny), some_inputs(), torch.randn(2, 3, 4, 6, 6)
+    for model, matters in ((tiny, False), (numbered, True)):
+        one, two = model(*inputs, [a, b], align_depth=2), model(*inputs, [b, a], align_depth=2)
+        for name in ("velocity", "logits", "image_mid", "text_mid"):
+            difference = (getattr(one, name) - getattr(two, name)).abs().max()
+            assert difference > 1e-3 if matters else difference < 1e-5, name
+        assert torch.equal(model(*inputs, [a, b]).velocity, model(*inputs, [a, b]).velocity)
+    same = numbered(*inputs, [a, a])
+    assert torch.equal(same.velocity, numbered(*inputs, [a.clone(), a]).velocity)
+
+
+@pytest.mark.parametrize("count", range(6))
+@torch.no_grad()
+def test_any_number_of_references(tiny, count):
+    numbered, (latents, text, timestep) = with_numbers(tiny), some_inputs()
+    references = [torch.randn(3, 4, 4, 2 + 2 * i) for i in range(count)]
+    plain, found = (model(latents, text, timestep, references) for model in (tiny, numbered))
+    assert found.velocity.shape == latents.shape and found.velocity.isfinite().all()
+    assert torch.equal(found.velocity, plain.velocity) == (count == 0)                        # nothing is numbered without a reference
+    for i in range(count - 1):                                                                # any two of them
+        order = [*references[:i], references[i + 1], references[i], *references[i + 2:]]
+        assert (numbered(latents, text, timestep, order).velocity - found.velocity).abs().max() > 1e-4
+        close(tiny(latents, text, timestep, order).velocity, plain.velocity, atol=1e-5)
+    numbered.number_embed.weight.zero_()
+    close(numbered(latents, text, timestep, references).velocity, plain.velocity, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_number_is_added_to_the_tokens_of_its_reference(tiny):
+    """The k-th reference has the same number however many follow; the noisy picture has none."""
+    numbered, inputs, streams = with_numbers(tiny), some_inputs(), []
+    numbered.blocks[0].register_forward_pre_hook(lambda block, args: streams.append(args[0]))
+    references = [torch.randn(3, 4, 4, 4) for _ in range(3)]
+    for count in (0, 1, 3):
+        numbered(*inputs, references[:count])
+    patches, codes = 4, model_file.timestep_embedding(torch.arange(4)) @ numbered.number_embed.weight.T      # (4, D)
+    for stream, count in zip(streams, (0, 1, 3)):
+        expected = [numbered._embed_image(inputs[0])] + [numbered._embed_image(x) + codes[i + 1] for i, x in enumerate(references[:count])]
+        assert stream.shape == (3, 9 + count * patches, 32)
+        close(stream, torch.cat(expected, dim=1), atol=1e-5)
+
+
+@torch.no_grad()
+def test_numbers_are_saved_and_loaded(tmp_path, tiny):
+    numbered, inputs, references = with_numbers(tiny), some_inputs(), [torch.randn(3, 4, 4, 4) for _ in range(2)]
+    save(tmp_path / "own.safetensors", numbered.state_dict(), numbered.config)
+    again = MMDiT.from_pretrained(tmp_path / "own.safetensors")
+    assert again.config == numbered.config and again.config.number_references
+    assert torch.equal(again(*inputs, references).velocity, numbered(*inputs, references).velocity)
+    with pytest.raises(ValueError, match="superfluous: number_embed.weight"):
+        MMDiT.from_pretrained(tmp_path / "own.safetensors", number_references=False)
+    half = MMDiT.from_pretrained(tmp_path / "own.safetensors", dtype=torch.bfloat16)
+    found = half(inputs[0].bfloat16(), inputs[1].bfloat16(), inputs[2], [x.bfloat16() for x in references]).velocity
+    assert found.dtype == torch.bfloat16 and (found.float() - again(*inputs, references).velocity).norm() < 0.05 * found.float().norm()
+
+
+def test_numbers_learn_from_references_only(tiny):
+    numbered, inputs = with_numbers(tiny), some_inputs()
+    numbered(*inputs).velocity.square().mean().backward()
+    assert numbered.number_embed.weight.grad is None
+    numbered(*inputs, [torch.randn(3, 4, 4, 4)]).velocity.square().mean().backward()
+    assert numbered.number_embed.weight.grad.abs().max() > 1e-6
 
 
 @torch.no_grad()

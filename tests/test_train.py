@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,15 @@ from PIL import Image
 
 import train
 from checkpoint import Checkpoint
+from data import Batch
 from model import MMDiT, MMDiTConfig
+from teacher import load_teacher
+from text_encoder import T5Config, T5Encoder, T5Tokenizer
 
 ROOT = Path(__file__).parent.parent
-LOOP = ["--preset", "mini", "--train_scenes", "120", "--test_scenes", "6", "--vae_steps", "2", "--steps", "6", "--log_every", "1",
-        "--save_every", "3", "--model.width", "32", "--model.depth", "2", "--model.num_heads", "2", "--model.text_dim", "32",
+TASKS = ("text_to_image", "edits", "edges", "depth", "pose", "personalisation", "questions")
+LOOP = ["--preset", "mini", "--train_scenes", "120", "--test_scenes", "6", "--vae_steps", "2", "--teacher_steps", "2", "--steps", "6",
+        "--log_every", "1", "--save_every", "3", "--model.width", "32", "--model.depth", "2", "--model.num_heads", "2", "--model.text_dim", "32",
         "--sampling.steps", "2", "--sampling.text_steps", "2", "--batch_size", "4"]
 QUICK = [*LOOP, "--vae.block_channels", "16", "--text_encoder.dim", "32"]
 
@@ -26,7 +31,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def losses(run: Path) -> list[tuple]:
-    return [(m["step"], m["flow_matching"], m["masked_token"], m["contrastive"], m["grad_norm"]) for m in metrics(run)]
+    return [{name: value for name, value in m.items() if name != "seconds"} for m in metrics(run)]
 
 
 def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
@@ -45,7 +50,7 @@ def finished(tmp_path_factory) -> Path:
 def parts_of(run: Path) -> list[str]:
     """The options that take the frozen parts of another run."""
     return ["--vae_path", str(run / "vae.safetensors"), "--t5_path", str(run / "text_encoder.safetensors"),
-            "--tokenizer_path", str(run / "tokenizer.model")]
+            "--tokenizer_path", str(run / "tokenizer.model"), "--teacher_path", str(run / "teacher")]
 
 
 def interrupt(monkeypatch, after: int) -> None:
@@ -124,7 +129,8 @@ def test_parts_that_do_not_fit(finished, tmp_path):
 
 def test_outputs(finished):
     scores = json.loads((finished / "scores.json").read_text())
-    assert set(scores) == {"seconds", "text_to_image", "captions", "ceiling"} and scores["text_to_image"]["n"] == 6
+    assert set(scores) == {"seconds", "ceiling", *TASKS, "captions"} and scores["text_to_image"]["n"] == 6
+    assert all(scores[name]["n"] > 0 for name in scores if name not in ("seconds", "ceiling"))
     seconds = scores["seconds"]
     assert scores["ceiling"]["scorer"] == 1.0 and {"world", "vae", "model", "evaluation"} <= set(seconds)
     assert seconds["total"] == pytest.approx(sum(v for k, v in seconds.items() if k != "total"), abs=0.2)
@@ -193,13 +199,149 @@ def test_two_ranks(tmp_path):
     assert losses(half) == losses(whole)
 
 
+# ---------------------------------------------------------------- tasks
+
+def corrupted(config: train.TrainConfig, references: int = 0, writes: bool = True, draws: bool = True) -> tuple[train.Corrupted, MMDiT]:
+    """A random micro batch of four, and a model whose heads and gates are not zero."""
+    torch.manual_seed(0)
+    model = MMDiT(MMDiTConfig(latent_channels=4, width=32, depth=2, num_heads=2, text_dim=16, vocab_size=50, position_table=4,
+                              align_dims=(8, 12), align_silu=False, number_references=True))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    batch = Batch("any", None, None, torch.randint(3, 49, (4, 6)) if draws else None, torch.randint(3, 49, (4, 6)) if writes else None,
+                  torch.ones(4, 6, dtype=torch.bool) if writes else None, (torch.randn(4, 12), torch.randn(4, 12)) if writes else None)
+    encoder = T5Encoder(T5Config(vocab_size=50, dim=16, head_dim=8, ff_dim=16, depth=1, num_heads=2, mask_id=49))
+    latents = torch.randn(4, 1 + references, 4, 8, 8)
+    return train.corrupt(batch, latents, encoder, 49, torch.ones(1, 6, dtype=torch.int64), torch.Generator().manual_seed(1), config), model
+
+
+CONFIG = train.TrainConfig(align_depth=1, prompt_dropout=0.5)
+
+
+def test_one_pass_and_two_passes_have_the_same_losses():
+    """Without source pictures both branches share a pass; each of them alone gives the same."""
+    c, model = corrupted(CONFIG)
+    objective = train.Objective(model, CONFIG)
+    together = objective(c)
+    assert set(together) == {"flow_matching", "masked_token", "contrastive", "intrinsic", "loss"}
+    drawn = objective(c._replace(masked=None, tokens=None, features=None))
+    written = objective(c._replace(noise=None, prompts=None, features=None))
+    assert set(drawn) == {"flow_matching", "loss"} and set(written) == {"masked_token", "loss"}
+    for name, alone in (("flow_matching", drawn), ("masked_token", written)):
+        torch.testing.assert_close(together[name], alone[name])
+    weighted = [together["flow_matching"], 0.2 * together["masked_token"], 0.05 * together["contrastive"], 0.1 * together["intrinsic"]]
+    torch.testing.assert_close(together["loss"], sum(weighted))
+
+
+def test_source_pictures_are_seen_by_the_image_branch_alone():
+    c, model = corrupted(CONFIG, references=2)
+    objective = train.Objective(model, CONFIG)
+    with_sources, others = objective(c), objective(c._replace(references=tuple(-x for x in c.references)))
+    assert (with_sources["flow_matching"] - others["flow_matching"]).abs() > 1e-4
+    torch.testing.assert_close(with_sources["masked_token"], others["masked_token"], rtol=0, atol=0)
+    alone = objective(c._replace(references=()))
+    torch.testing.assert_close(with_sources["masked_token"], alone["masked_token"])
+
+
+def test_contrast_of_streams_that_have_not_seen_each_other():
+    """The paper's form changes with the prompts and masks that the streams have seen, the other one only with what it contrasts."""
+    config = replace(CONFIG, cross_unseen=True)
+    c, model = corrupted(config)
+    objective = train.Objective(model, config)
+    found = objective(c)["contrastive"]
+    changed = c._replace(prompts=c.prompts.flip(0), masked=c.masked.flip(0), noise=-c.noise)
+    torch.testing.assert_close(objective(changed)["contrastive"], found)
+    assert (objective(c._replace(captions=c.captions.flip(0)))["contrastive"] - found).abs() > 1e-4
+    paper = train.Objective(model, CONFIG)
+    assert (paper(changed)["contrastive"] - paper(c)["contrastive"]).abs() > 1e-4
+
+
+def test_an_answer_is_all_that_is_hidden_of_a_question():
+    c, _ = corrupted(CONFIG, draws=False)
+    batch = Batch("any", None, None, None, torch.randint(3, 49, (4, 6)), torch.arange(6).expand(4, 6) > 2, None)
+    hidden = [train.corrupt(batch, c.latents[:, None], lambda ids: ids[..., None].float(), 49, torch.ones(1, 6), torch.Generator().manual_seed(i),
+                            CONFIG).masked[..., 0] == 49 for i in range(20)]
+    assert not torch.stack(hidden)[..., :3].any() and torch.stack(hidden)[..., 3:].any()
+
+
+def test_every_task_is_trained_and_reported(finished):
+    """Six steps have no room for all groups; the names of those that they have stand before their losses."""
+    names = {name for m in metrics(finished) for name in m if "." in name}
+    assert {"text_to_image.flow_matching", "text_to_image.masked_token", "text_to_image.contrastive", "text_to_image.intrinsic",
+            "edits.flow_matching"} <= names
+    assert not any(name in names for name in ("questions.flow_matching", "edits.masked_token", "pose.masked_token"))
+    for m in metrics(finished):                                 # one step a line: the task's losses are the step's
+        assert all(m[name] == m[name.split(".")[1]] for name in m if "." in name)
+
+
+def test_weights_choose_the_tasks(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    train.main([*LOOP, *parts_of(finished), "--data", str(finished / "data"), "--out", str(run), "--weights", "pose=1,questions=2"])
+    tasks = {name.split(".")[0] for m in metrics(run) for name in m if "." in name}
+    assert tasks == {"pose", "questions"} and sum("questions.masked_token" in m for m in metrics(run)) == 4
+    assert "not trained: depth, edges, edits, personalisation, text_to_image" in capsys.readouterr().out
+    assert {"pose", "questions"} <= set(json.loads((run / "scores.json").read_text()))
+    assert not {"edits", "captions"} & set(json.loads((run / "scores.json").read_text()))
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*LOOP, *parts_of(finished), "--data", str(finished / "data"), "--out", str(run) + "2", "--weights", "poses=1"])
+    assert "poses" in str(stopped.value.code)
+
+
+def test_stages_start_from_each_other(tmp_path, monkeypatch):
+    """Pairs; all tasks but questions; everything: each with the weights, the frozen parts and the data of the run before it."""
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2, 3):
+        train.main([*(QUICK if number == 1 else LOOP[:LOOP.index("--model.width")]), "--stage", str(number), "--steps", "8"])
+    runs = [tmp_path / f"runs/mini-stage{number}" for number in (1, 2, 3)]
+    seen = [{name.split(".")[0] for m in metrics(run) for name in m if "." in name} for run in runs]
+    assert seen[0] == {"text_to_image"} and "questions" not in seen[1] and {"text_to_image", "edits"} <= seen[1]
+    assert not (runs[1] / "vae.safetensors").exists() and not (runs[2] / "data").exists()
+    assert set(json.loads((runs[0] / "scores.json").read_text())) == {"seconds", "ceiling", "text_to_image", "captions"}
+    assert "questions" in json.loads((runs[2] / "scores.json").read_text())
+    first = train.load_models(train.read_config(runs[1] / "run.json"), 0, None, torch.device("cpu"))[0].state_dict()
+    last = weights(runs[0], "ema")
+    assert all(torch.equal(first[name], last[name]) for name in last)
+
+
+def test_stages_without_the_one_before(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        train.main(["--stage", "2"])
+    assert "runs/tiny-stage1" in capsys.readouterr().err
+    assert train.stage(train.PRESETS["sd3"], 3).steps == 30_000 and train.stage(train.PRESETS["sd3"], 2).weights == "*=1,questions=0"
+
+
+def test_teacher_features_are_computed_once(finished, monkeypatch):
+    cache = finished / "data" / "train.teacher.safetensors"
+    dataset = train.load_tasks(train.read_config(finished / "run.json"), train.parts_of(train.read_config(finished / "run.json"), finished),
+                               T5Tokenizer(finished / "tokenizer.model"), train.Ranks(0, 1, torch.device("cpu")))
+    chosen = [dataset.examples[i] for i in dataset.aligned]
+    expected = Checkpoint(cache).read("image")
+    assert len(expected) == len(chosen) == 144 and all(e.task == "text_to_image" for e in chosen)
+    teacher = load_teacher(finished / "teacher")
+    found = teacher.image_features([Image.open(chosen[100].image)])
+    torch.testing.assert_close(found[0], expected[100].float(), rtol=1e-2, atol=1e-2)
+    monkeypatch.setattr(train, "load_teacher", None)            # a second run reads the cache
+    train.teacher_features(chosen, finished / "teacher", cache, 64, torch.device("cpu"))
+    with pytest.raises(TypeError):                              # other captions are not taken from it
+        train.teacher_features(chosen[1:], finished / "teacher", cache, 64, torch.device("cpu"))
+
+
+def test_pictures_that_are_not_encoded_beforehand(finished, tmp_path):
+    """Loading and encoding pictures in every step takes the same examples; only the latents are drawn, not their means."""
+    run = tmp_path / "run"
+    train.main([*LOOP, *parts_of(finished), "--data", str(finished / "data"), "--out", str(run), "--cache_latents", "false"])
+    assert [set(m) for m in metrics(run)] == [set(m) for m in metrics(finished)]
+
+
 def test_unknown_and_ill_typed_fields(tmp_path, capsys):
     for arguments, named in ((["--stepz", "5"], "--stepz"), (["--steps", "many"], "--steps"), (["--model.width", "1.5"], "--model.width"),
                              (["--decay", "perhaps"], "--decay"), (["--steps", "0"], "--steps"), (["--data", "no.jsonl"], "no.jsonl"),
                              (["--preset", "huge"], "huge"), (["--init", __file__, "--model.width", "64"], "--model.width"),
                              (["--preset", "sd3", "--data", __file__], "--vae_path"), (["--preset", "sd3"], "--data"),
                              (["--test_scenes", "0"], "--test_scenes"), (["--sampling.image_size", "128"], "image_size"),
-                             (["--lr", "nan"], "--lr"), (["--model.widht", "64"], "--model.widht")):
+                             (["--lr", "nan"], "--lr"), (["--model.widht", "64"], "--model.widht"), (["--weights", "edits"], "edits"),
+                             (["--stage", "4"], "4"), (["--weights", "edits=-1"], "edits=-1")):
         with pytest.raises(SystemExit) as stopped:
             train.parse_arguments([*arguments, "--out", str(tmp_path / "new")])
         assert stopped.value.code == 2 and named in capsys.readouterr().err
