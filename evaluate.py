@@ -234,7 +234,7 @@ def _about(e: Example, text: str, wrong: bool = False) -> Case:
 
 def drawing_cases(drawings: Sequence[Drawing]) -> list[Case]:
     """Source pictures, the result and what it should be."""
-    return [Case([*((source, f"source {i + 1}" if len(d.sources) > 1 else "source") for i, source in enumerate(d.sources)),
+    return [Case([*((source, f"picture {i + 1}" if len(d.sources) > 1 else "source") for i, source in enumerate(d.sources)),
                   (d.result, "result"), (d.target, "wanted")], d.prompt) for d in drawings]
 
 
