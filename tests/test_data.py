@@ -378,7 +378,8 @@ def test_shares_follow_the_weights_at_any_time(weights):
     batches = take(BatchOrder(groups, 2, seed=0), 500)
     found = behind(groups, batches)
     assert found.min() > -1 and found.max() < 1.2
-    assert set(range(len(groups))) == {batch[0] // 2 for batch in batches[:round(2.5 * sum(weights) / min(weights))]}     # none waits for long
+    early = batches[:round(2.5 * sum(weights) / min(weights))]                                # none waits for long
+    assert {batch[0] // 2 for batch in early} == set(range(len(groups)))
 
 
 def test_shares_follow_any_weights():
@@ -403,7 +404,8 @@ def test_too_small_for_one_batch():
 # ---------------------------------------------------------------- weights
 
 @pytest.mark.parametrize("text, weights", [
-    ("*=1", {"*": 1}), ("edits=2,pose=0.5,*=1", {"edits": 2, "pose": 0.5, "*": 1}), (" a = 3 , b=0", {"a": 3, "b": 0}), ("a b=1e-3", {"a b": 0.001})])
+    ("*=1", {"*": 1}), ("edits=2,pose=0.5,*=1", {"edits": 2, "pose": 0.5, "*": 1}), (" a = 3 , b=0", {"a": 3, "b": 0}),
+    ("a b=1e-3", {"a b": 0.001})])
 def test_weights(text, weights):
     assert parse_weights(text) == weights
 
@@ -470,7 +472,8 @@ def test_groups_are_by_task_and_number_of_sources(records):
 
 def test_groups_have_the_weights_of_their_tasks(records):
     dataset = tasks(records, weights="all=3,edits=0.5,edges=0,*=2")
-    assert shape(dataset) == {("text_to_image", 0): (4, 2), ("questions", 0): (2, 2), ("edits", 1): (2, 0.5), ("all", 1): (2, 2), ("all", 3): (1, 1)}
+    assert shape(dataset) == {("text_to_image", 0): (4, 2), ("questions", 0): (2, 2), ("edits", 1): (2, 0.5),
+                              ("all", 1): (2, 2), ("all", 3): (1, 1)}
     assert dataset.left_out == ["edges"] and len(dataset) == 11 and dataset.examples == [e for e in records if e.task != "edges"]
     only = tasks(records, weights="questions=1")
     assert shape(only) == {("questions", 0): (2, 1)} and only.left_out == ["all", "edges", "edits", "text_to_image"]
@@ -492,7 +495,9 @@ def test_a_task_of_pictures_with_and_without_captions(records):
 def test_captioned_tasks_train_the_text_branch(records, captioned, expected):
     dataset = tasks(records, captioned=captioned)
     writing = {e.task for e, writes in zip(dataset.examples, dataset.writes) if writes}
-    assert writing == expected and all((dataset.__getitems__(g.indices).tokens is not None) == (g.task in expected) for g in dataset.groups)
+    assert writing == expected
+    for group in dataset.groups:
+        assert (dataset.__getitems__(group.indices).tokens is not None) == (group.task in expected)
     assert {dataset.examples[i].task for i in dataset.aligned} == expected - {"questions"}
 
 

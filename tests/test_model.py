@@ -210,7 +210,8 @@ def test_sd3_with_numbered_references(tmp_path):
 
 
 def test_released_weights_have_no_numbers(tmp_path, dual):
-    assert MMDiTConfig().number_references is False and dual.number_embed is None and not any("number" in name for name in dual.state_dict())
+    assert MMDiTConfig().number_references is False and dual.number_embed is None
+    assert not any("number" in name for name in dual.state_dict())
     with pytest.raises(ValueError, match="number_embed.weight"):
         MMDiT.from_pretrained(write_folder(tmp_path / "x", "unialignment_mmdit"), number_references=True)
 
@@ -382,7 +383,8 @@ def test_numbers_are_saved_and_loaded(tmp_path, tiny):
     save(tmp_path / "own.safetensors", numbered.state_dict(), numbered.config)
     again = MMDiT.from_pretrained(tmp_path / "own.safetensors")
     assert again.config == numbered.config and again.config.number_references
-    assert torch.equal(again(*inputs, references).velocity, numbered(*inputs, references).velocity)
+    assert all(torch.equal(x, numbered.state_dict()[name]) for name, x in again.state_dict().items())
+    close(again(*inputs, references).velocity, numbered(*inputs, references).velocity, atol=1e-5)    # kernels look at the memory's alignment
     with pytest.raises(ValueError, match="superfluous: number_embed.weight"):
         MMDiT.from_pretrained(tmp_path / "own.safetensors", number_references=False)
     half = MMDiT.from_pretrained(tmp_path / "own.safetensors", dtype=torch.bfloat16)
