@@ -126,8 +126,8 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def edge_map(scene: Scene) -> np.ndarray:
-    """White outlines on black, three to four pixels wide, (64, 64, 3) uint8."""
-    return _paint(scene.objects, 0, lambda o: [(np.clip(2.25 - abs(_distance(o.shape, o.size, o.shift)), 0, 1), 255)])
+    """White outlines on black, three pixels wide, within the objects, (64, 64, 3) uint8."""
+    return _paint(scene.objects, 0, lambda o: [(np.clip(2 - abs(_distance(o.shape, o.size, o.shift) + 1.25), 0, 1), 255)])
 
 
 def depth_map(scene: Scene) -> np.ndarray:
@@ -231,8 +231,12 @@ CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", 
 
 def fits(o: Object, phrase: str) -> bool:
     """Whether a noun phrase is true of an object: "red circle", "small object", "squares" (in any number, with any article)."""
-    words = {word.removesuffix("s") for word in phrase.split()} - {"a", "the", "object"}
+    words = {word.removesuffix("s") for word in phrase.split()} - {"a", "an", "the", "object"}
     return words <= {o.size, o.color, o.shape}
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 def prompt_category(prompt: str) -> str:
@@ -285,14 +289,14 @@ def random_prompt(rng: random.Random, category: str) -> tuple[str, Scene]:
         text = f"{NUMBERS[count]} object{'s' * (count > 1)} and no {rng.choice(absent)}"
     elif category in ("single_object", "colors"):
         scene = random_scene(rng, 1)
-        text = f"a {scene.objects[0].color + ' ' if category == 'colors' else ''}{scene.objects[0].shape}"
+        text = _a(f"{scene.objects[0].color + ' ' if category == 'colors' else ''}{scene.objects[0].shape}")
     else:
         while True:
             scene = random_scene(rng, 2)
             a, b = rng.sample(scene.objects, 2)
             joints = [name for name, holds in RELATIONS.items() if holds(a, b)] if category == "position" else ["and"]
             colors = category == "color_attribution" or category == "position" and rng.random() < 0.5
-            names = [f"a {o.color + ' ' if colors else ''}{o.shape}" for o in (a, b)]
+            names = [_a(f"{o.color + ' ' if colors else ''}{o.shape}") for o in (a, b)]
             if joints and names[0] != names[1]:
                 text = f" {rng.choice(joints)} ".join(names)
                 break
@@ -422,7 +426,7 @@ def random_question(rng: random.Random, scene: Scene, kind: str) -> tuple[str, s
         while True:
             phrase = rng.choice([f"{o.color} {o.shape}", f"{o.size} {o.color} {o.shape}"])
             if yes or not any(fits(p, phrase) for p in scene.objects):
-                return f"is there a {phrase}?", "yes" if yes else "no"
+                return f"is there {_a(phrase)}?", "yes" if yes else "no"
             o = o._replace(**rng.choice([{"color": rng.choice(list(COLORS))}, {"shape": rng.choice(SHAPES)}]))
     if kind == "background":
         return "what color is the background?", scene.background
