@@ -206,7 +206,7 @@ class MMDiT(nn.Module):
         self.register_buffer("pos_embed", torch.empty(1, c.position_table ** 2, c.width))
         self.text_embed = nn.Linear(c.text_dim, c.width)
         self.text_pos_embed = nn.Parameter(torch.empty(1, c.text_positions, c.width)) if c.text_positions else None
-        self.number_embed = nn.Linear(256, c.width, bias=False) if c.number_references else None
+        self.number_scale = nn.Parameter(torch.empty(c.width)) if c.number_references else None
         self.time_embed = nn.Sequential(nn.Linear(256, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
         self.null_image = nn.Parameter(torch.empty(1, c.null_tokens, c.width))
         self.blocks = nn.ModuleList(JointBlock(c) for _ in range(c.depth))
@@ -223,12 +223,12 @@ class MMDiT(nn.Module):
     def initialise(self, name: str, tensor: Tensor) -> None:
         """Fill one tensor of a fresh model: adaLN and heads start at zero, so every block starts as the identity."""
         if name == "pos_embed":
-            tensor.copy_(sincos_positions(self.config.position_table, self.config.width))
+            tensor.copy_(sincos_positions(self.config.position_table, self.config.width, 64 / self.config.position_table))    # SD3's span
         elif name in ("text_pos_embed", "null_image"):
             nn.init.normal_(tensor, std=0.02)
         elif "_norm." in name:
             nn.init.ones_(tensor)
-        elif name.endswith("bias") or "modulation" in name or name in ("image_head.weight", "text_head.weight"):
+        elif name.endswith("bias") or "modulation" in name or name in ("image_head.weight", "text_head.weight", "number_scale"):
             nn.init.zeros_(tensor)
         else:
             nn.init.xavier_uniform_(tensor)
@@ -298,9 +298,9 @@ class MMDiT(nn.Module):
             n = image.shape[1]
         else:
             pictures = [self._embed_image(x) for x in (latents, *references)]                 # each (B, N, D)
-            if self.number_embed is not None:
-                numbers = timestep_embedding(torch.arange(len(pictures), device=text.device))[:, None]        # (1 + R, 1, 256)
-                pictures[1:] = [x + self.number_embed(code.to(x.dtype)) for x, code in zip(pictures[1:], numbers[1:])]
+            if self.number_scale is not None:                   # a scale, not a matrix: Adam's first steps would make that swamp the pictures
+                codes = timestep_embedding(torch.arange(len(pictures), device=text.device), self.config.width, max_period=100)
+                pictures[1:] = [x + self.number_scale * code.to(x.dtype) for x, code in zip(pictures[1:], codes[1:])]
             image, n = torch.cat(pictures, dim=1), pictures[0].shape[1]                       # (B, N + N', D)
 
         image_mid = text_mid = None

@@ -91,6 +91,7 @@ class TrainConfig:
     decay: bool = _field(False, "linear decay to zero at the end, else constant")
     clip: float = _field(2.0, "norm of the mean gradient")
     ema: float = _field(0.9995, "decay of the averaged weights")
+    sigma_mean: float = _field(0.0, "of the logit of sigma, whose spread is 1; more than 0: noisier pictures, of which a prompt says more")
     prompt_dropout: float = _field(0.1, "share of empty prompts in the image branch, for guidance")
     text_weight: float = _field(0.2, "of equation (2) in equation (5)")
     cross_weight: float = _field(0.05, "of equation (3) in equation (5)")
@@ -110,14 +111,14 @@ class TrainConfig:
 
 _TINY = TrainConfig(                 # both vocabulary sizes become those of the tokenizer that the run trains
     out="runs/tiny",
-    weights="text_to_image=6,edits=5,edges=2.5,depth=1,pose=1,personalisation=2.5,questions=2.5", captioned="text_to_image",
+    weights="text_to_image=6.5,edits=5,edges=2,depth=0.75,pose=0.75,personalisation=3.5,questions=2.5", captioned="text_to_image",
     model=MMDiTConfig(width=128, depth=4, num_heads=4, text_dim=128, position_table=8, qk_norm=True, text_positions=32,
                       number_references=True, align_dims=(256, 128), align_silu=False),
     vae=VAEConfig(block_channels=(48, 48), layers_per_block=1, norm_groups=1, mid_attention=False, stem=4),
     text_encoder=T5Config(dim=128, head_dim=32, ff_dim=256, depth=2, num_heads=4),
     sampling=SampleSettings(image_size=64, text_length=32, steps=20, guidance=2.0, shift=1.0, text_steps=16),
-    train_scenes=30_000, test_scenes=510, vae_steps=5000, teacher_steps=600, steps=22_000, batch_size=16, accumulation=1,
-    lr=5e-3, muon_lr=0.025, beta2=0.95, weight_decay=0.0, warmup=100, decay=True, clip=1.0, ema=0.998, align_depth=2,
+    train_scenes=30_000, test_scenes=510, vae_steps=5000, teacher_steps=600, steps=20_000, batch_size=16, accumulation=1,
+    lr=5e-3, muon_lr=0.025, beta2=0.95, weight_decay=0.0, warmup=100, decay=True, clip=1.0, ema=0.998, align_depth=2, sigma_mean=1.0,
     cache_latents=True, workers=0, log_every=50, save_every=1000)
 
 PRESETS = {
@@ -242,7 +243,7 @@ def corrupt(batch: Batch, latents: Tensor, text_encoder: T5Encoder, mask_id: int
     b, device, texts = len(latents), latents.device, {}
     noise = sigma = mask = t = None
     if batch.prompts is not None:
-        sigma = torch.special.ndtri(stratified(b, generator).clamp(1e-4, 1 - 1e-4)).sigmoid()                # (B,) logit-normal(0, 1)
+        sigma = (config.sigma_mean + torch.special.ndtri(stratified(b, generator).clamp(1e-4, 1 - 1e-4))).sigmoid()    # (B,)
         noise = torch.randn(latents.shape, generator=generator, device=device)                               # (B, C, H, W)
         dropped = torch.rand(b, generator=generator, device=device) < config.prompt_dropout                  # (B,)
         texts["prompts"] = torch.where(dropped[:, None], empty, batch.prompts)                               # (B, L)

@@ -206,13 +206,13 @@ def test_sd3_with_numbered_references(tmp_path):
     """The numbers are fresh; without references the velocity is still exactly SD3's."""
     save_file(golden("sd3_mmdit_diffusers")[0], tmp_path / "x.safetensors")
     model = agrees_with_sd3(tmp_path / "x.safetensors", "sd3_mmdit_diffusers", num_heads=2, number_references=True)
-    assert model.config == MMDiTConfig(**SIZES, number_references=True) and model.number_embed.weight.std() > 0.01
+    assert model.config == MMDiTConfig(**SIZES, number_references=True) and model.number_scale.abs().max() == 0
 
 
 def test_released_weights_have_no_numbers(tmp_path, dual):
-    assert MMDiTConfig().number_references is False and dual.number_embed is None
+    assert MMDiTConfig().number_references is False and dual.number_scale is None
     assert not any("number" in name for name in dual.state_dict())
-    with pytest.raises(ValueError, match="number_embed.weight"):
+    with pytest.raises(ValueError, match="number_scale"):
         MMDiT.from_pretrained(write_folder(tmp_path / "x", "unialignment_mmdit"), number_references=True)
 
 
@@ -222,7 +222,7 @@ def test_released_weights_have_no_numbers(tmp_path, dual):
 def test_own_layout_round_trip_is_exact(tmp_path, tiny):
     save(tmp_path / "own.safetensors", tiny.state_dict(), tiny.config)
     again = MMDiT.from_pretrained(tmp_path / "own.safetensors")
-    assert again.config == OPTIONS and again.number_embed is None
+    assert again.config == OPTIONS and again.number_scale is None
     for first, second in zip(tiny(*some_inputs(), align_depth=1), again(*some_inputs(), align_depth=1)):
         assert torch.equal(first, second)
     assert torch.equal(tiny.pos_embed, again.pos_embed)
@@ -254,7 +254,7 @@ def test_a_fresh_model_is_the_identity():
     assert (out.velocity == 0).all() and (out.logits == 0).all()
     expected = model.text_embed(text) + model.text_pos_embed[:, :7]
     close(out.text_hidden, torch.nn.functional.layer_norm(expected, (32,), eps=1e-6), atol=1e-6)
-    assert torch.equal(model.pos_embed, sincos_positions(12, 32))
+    assert torch.equal(model.pos_embed, sincos_positions(12, 32, 64 / 12))                      # 64 from side to side, as in SD3
 
 
 def test_dtype_of_the_weights(tmp_path, tiny):
@@ -328,7 +328,7 @@ def with_numbers(model):
     """The same weights, and references that are told apart by their number."""
     numbered = scramble(MMDiT(dataclasses.replace(OPTIONS, number_references=True)), seed=5)
     missing, superfluous = numbered.load_state_dict(model.state_dict(), strict=False)
-    assert missing == ["number_embed.weight"] and not superfluous
+    assert missing == ["number_scale"] and not superfluous
     return numbered
 
 
@@ -358,7 +358,7 @@ def test_any_number_of_references(tiny, count):
         order = [*references[:i], references[i + 1], references[i], *references[i + 2:]]
         assert (numbered(latents, text, timestep, order).velocity - found.velocity).abs().max() > 1e-4
         close(tiny(latents, text, timestep, order).velocity, plain.velocity, atol=1e-5)
-    numbered.number_embed.weight.zero_()
+    numbered.number_scale.zero_()
     close(numbered(latents, text, timestep, references).velocity, plain.velocity, atol=1e-6)
 
 
@@ -370,7 +370,7 @@ def test_a_number_is_added_to_the_tokens_of_its_reference(tiny):
     references = [torch.randn(3, 4, 4, 4) for _ in range(3)]
     for count in (0, 1, 3):
         numbered(*inputs, references[:count])
-    patches, codes = 4, model_file.timestep_embedding(torch.arange(4)) @ numbered.number_embed.weight.T      # (4, D)
+    patches, codes = 4, model_file.timestep_embedding(torch.arange(4), 32, max_period=100) * numbered.number_scale    # (4, D)
     for stream, count in zip(streams, (0, 1, 3)):
         expected = [numbered._embed_image(inputs[0])] + [numbered._embed_image(x) + codes[i + 1] for i, x in enumerate(references[:count])]
         assert stream.shape == (3, 9 + count * patches, 32)
@@ -385,7 +385,7 @@ def test_numbers_are_saved_and_loaded(tmp_path, tiny):
     assert again.config == numbered.config and again.config.number_references
     assert all(torch.equal(x, numbered.state_dict()[name]) for name, x in again.state_dict().items())
     close(again(*inputs, references).velocity, numbered(*inputs, references).velocity, atol=1e-5)    # kernels look at the memory's alignment
-    with pytest.raises(ValueError, match="superfluous: number_embed.weight"):
+    with pytest.raises(ValueError, match="superfluous: number_scale"):
         MMDiT.from_pretrained(tmp_path / "own.safetensors", number_references=False)
     half = MMDiT.from_pretrained(tmp_path / "own.safetensors", dtype=torch.bfloat16)
     found = half(inputs[0].bfloat16(), inputs[1].bfloat16(), inputs[2], [x.bfloat16() for x in references]).velocity
@@ -395,9 +395,9 @@ def test_numbers_are_saved_and_loaded(tmp_path, tiny):
 def test_numbers_learn_from_references_only(tiny):
     numbered, inputs = with_numbers(tiny), some_inputs()
     numbered(*inputs).velocity.square().mean().backward()
-    assert numbered.number_embed.weight.grad is None
+    assert numbered.number_scale.grad is None
     numbered(*inputs, [torch.randn(3, 4, 4, 4)]).velocity.square().mean().backward()
-    assert numbered.number_embed.weight.grad.abs().max() > 1e-6
+    assert numbered.number_scale.grad.abs().max() > 1e-6
 
 
 @torch.no_grad()
