@@ -26,7 +26,7 @@ from data import read_jsonl
 from evaluate import score_pairs
 from sample import Pipeline
 from text_encoder import T5Tokenizer
-from train import PRESETS, Ranks, TrainConfig, caught_signals, load_tasks, parts_of, prepare, timed, train
+from train import PRESETS, Ranks, TrainConfig, align, caught_signals, load_tasks, parts_of, prepare, timed, train, write_config
 
 OFF = {"cross_weight": 0.0, "intrinsic_weight": 0.0}
 PAPER = ("neither", "cross", "intrinsic", "both")
@@ -58,7 +58,8 @@ def prepare_all(base: TrainConfig, folder: Path) -> None:
     if "features" not in json.loads((folder / "seconds.json").read_text()):
         parts = parts_of(base, folder)
         with timed(folder, "features"):
-            load_tasks(base, parts, T5Tokenizer(parts.tokenizer), Ranks(0, 1, torch.device("cpu")))
+            alone = Ranks(0, 1, torch.device("cpu"))
+            align(load_tasks(base, parts, T5Tokenizer(parts.tokenizer), alone), base, parts, base.model.align_dims[1], alone)
 
 
 def run_one(task: tuple[str, int, Path, TrainConfig, int, int]) -> bool:
@@ -67,12 +68,10 @@ def run_one(task: tuple[str, int, Path, TrainConfig, int, int]) -> bool:
     torch.set_num_threads(threads)
     config = arm_config(arm, seed, out, base)
     run = Path(config.out)
-    run.mkdir(parents=True, exist_ok=True)
-    write_atomically(run / "run.json", lambda file: file.write_text(json.dumps(asdict(config), indent=2) + "\n"))
     parts = parts_of(config, run)
-    with caught_signals() as signals:
-        if not train(config, Ranks(0, 1, torch.device("cpu")), parts, run, signals):
-            return False
+    write_config(config, run)
+    if not train(config, Ranks(0, 1, torch.device("cpu")), parts, run):
+        return False
     seconds = {m["step"]: m["seconds"] for m in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
     examples = [e for e in read_jsonl(parts.test) if e.task == "text_to_image" and e.prompt == e.caption][:scenes]
     lines = []
@@ -88,18 +87,20 @@ def run_one(task: tuple[str, int, Path, TrainConfig, int, int]) -> bool:
 
 def run_all(tasks: list, jobs: int) -> bool:
     """`run_one` of every task, `jobs` at a time; False if a signal stopped them, after each has saved where it was."""
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool, caught_signals() as signals:
-        futures = [pool.submit(run_one, task) for task in tasks]
-        with tqdm(total=len(tasks), desc="runs", unit="run") as bar:
-            while pending := [future for future in futures if not future.done()]:
-                done = wait(pending, timeout=1, return_when=FIRST_COMPLETED).done
-                bar.update(len(done))
-                if signals:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    for worker in multiprocessing.active_children():
-                        worker.terminate()                      # SIGTERM, upon which a training saves and ends
-                    return False
-        return all([future.result() for future in futures])
+    waiting, running, complete = list(tasks), set(), True
+    with (ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool, caught_signals() as signals,
+          tqdm(total=len(tasks), desc="runs", unit="run") as bar):
+        while waiting or running:
+            while waiting and len(running) < jobs:              # not all at once: what is submitted cannot be taken back
+                running.add(pool.submit(run_one, waiting.pop(0)))
+            done, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+            complete &= all([future.result() for future in done])
+            bar.update(len(done))
+            if signals or not complete:
+                for worker in multiprocessing.active_children():
+                    worker.terminate()                          # SIGTERM, upon which a training saves and ends
+                return False
+    return complete
 
 
 # ---------------------------------------------------------------- what came out
@@ -200,12 +201,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--scenes", type=int, default=240, help="held-out scenes of a score (default: %(default)s)")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, each with its share of the threads (default: %(default)s)")
     a = p.parse_args(argv)
+    if a.jobs < 1 or a.steps < 1 or a.scenes < 1:
+        p.error("--jobs, --steps and --scenes must be positive")
     keep = tuple(sorted({step for step in a.scored if 0 < step < a.steps} | {a.steps}))
     base = replace(PRESETS[a.preset], weights="text_to_image=1", steps=a.steps, keep=keep)
     threads = max(1, torch.get_num_threads() // a.jobs)
-    settings, file = {"preset": a.preset, "steps": a.steps, "scored": list(keep), "scenes": a.scenes}, a.out / "settings.json"
+    torch.set_num_threads(threads)                              # for the teacher as well, whose time is compared with that of the runs
+    settings, file = json.loads(json.dumps(asdict(base) | {"scenes": a.scenes})), a.out / "settings.json"
     if file.exists() and json.loads(file.read_text()) != settings:
-        p.error(f"{a.out} holds an ablation with other settings ({file.read_text().strip()}); choose another --out")
+        p.error(f"{a.out} holds an ablation with other settings (settings.json); choose another --out")
     try:
         (a.out / "parts").mkdir(parents=True, exist_ok=True)
         write_atomically(file, lambda file: file.write_text(json.dumps(settings) + "\n"))
@@ -215,6 +219,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         finished = run_all(tasks, a.jobs)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        finished = False
     if not finished:
         sys.exit("interrupted; the same command continues")
     found = collect(a.out, [arm for arm in ARMS if list(a.out.glob(f"{arm}-[0-9]*/results.jsonl"))])

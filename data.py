@@ -185,8 +185,9 @@ class Tasks(Dataset):
                  captioned: str = "*"):
         given, tasks = parse_weights(weights), {e.task for e in examples}
         written = {name.strip() for name in captioned.split(",")} - {""}
-        if unknown := sorted({*given, *written} - {"*"} - tasks):
-            raise ValueError(f"no records of the task {unknown[0]!r}; the data has {', '.join(sorted(tasks))}")
+        if unknown := sorted({*(name for name in given if given[name]), *written} - {"*"} - tasks):
+            raise ValueError(f"no records of the task {unknown[0]!r}, which --weights or --captioned names; the data has "
+                             f"{', '.join(sorted(tasks))}")
         weight = {task: given.get(task, given.get("*", 0.0)) for task in tasks}
         self.left_out = sorted(task for task in tasks if not weight[task])
         self.examples = [e for e in examples if weight[e.task]]
@@ -240,14 +241,11 @@ class BatchOrder(Sampler[list[int]]):
     """Endless batches of indices for one rank, a pure function of (seed, position): a resumed run continues with the same data.
 
     Every batch is of one group, the same one on all ranks: the one that is furthest behind its share, so the tasks alternate evenly.
-    Every epoch of a group is a new permutation; ranks take consecutive slices of it. `start` is the number of batches already used.
+    Every epoch of a group is a new permutation (of a group too small for one batch of all ranks: as many as fill it); ranks take
+    consecutive slices of it. `start` is the number of batches already used.
     """
 
     def __init__(self, groups: list[Group], batch: int, seed: int, rank: int = 0, world: int = 1, start: int = 0):
-        for group in groups:
-            if len(group.indices) < batch * world:
-                raise ValueError(f"{len(group.indices)} examples of the task {group.task!r} with the same number of source pictures "
-                                 f"are not enough for one batch of {batch} on each of {world} ranks; add some, or no weight for it")
         self.groups, self.batch, self.seed, self.rank, self.world, self.start = groups, batch, seed, rank, world, start
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -257,10 +255,12 @@ class BatchOrder(Sampler[list[int]]):
             g = max(range(len(used)), key=lambda g: self.groups[g].weight / total * (position + 1) - used[g])
             if position >= self.start:
                 indices = self.groups[g].indices
-                epoch, place = divmod(used[g], len(indices) // (self.batch * self.world))
+                copies = -(-self.batch * self.world // len(indices))
+                epoch, place = divmod(used[g], copies * len(indices) // (self.batch * self.world))
                 if orders.get(g, (None,))[0] != epoch:
                     generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 1009 + g)
-                    orders[g] = epoch, torch.randperm(len(indices), generator=generator).tolist()
+                    permutations = [torch.randperm(len(indices), generator=generator) for _ in range(copies)]
+                    orders[g] = epoch, torch.cat(permutations).tolist()
                 first = (place * self.world + self.rank) * self.batch
                 yield [indices[i] for i in orders[g][1][first:first + self.batch]]
             used[g] += 1

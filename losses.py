@@ -77,19 +77,22 @@ def gather_with_gradient(x: Tensor) -> Tensor:
     return x
 
 
-def contrastive_loss(image_hidden: Tensor, text_hidden: Tensor, temperature: float = 0.07, symmetric: bool = True) -> Tensor:
+def contrastive_loss(image_hidden: Tensor, text_hidden: Tensor, temperature: float = 0.07, symmetric: bool = True,
+                     gather: bool = True) -> Tensor:
     """Equation (3), cross-modal alignment: InfoNCE of mean-pooled final hidden states over the global batch of all ranks.
 
     image_hidden (B, N, D) and text_hidden (B, L, D) of the same pairs, same B on every rank. symmetric: the mean of
-    image-to-text and text-to-image, else image-to-text only. Every rank returns the loss of the whole batch, so that the mean
+    image-to-text and text-to-image, else image-to-text only. gather: False where only one rank computes. Every rank returns the loss of the whole batch, so that the mean
     of the ranks' gradients is its gradient.
     """
     if image_hidden.ndim != 3 or text_hidden.ndim != 3 or image_hidden.shape[::2] != text_hidden.shape[::2]:
         raise ValueError(f"contrastive_loss: shapes {tuple(image_hidden.shape)} and {tuple(text_hidden.shape)}, "
                          "expected (B, N, D) and (B, L, D)")
     with torch.autocast(image_hidden.device.type, enabled=False):
-        image = F.normalize(gather_with_gradient(image_hidden.float().mean(dim=1)), dim=-1)   # (G, D)
-        text = F.normalize(gather_with_gradient(text_hidden.float().mean(dim=1)), dim=-1)     # (G, D)
+        image, text = (hidden.float().mean(dim=1) for hidden in (image_hidden, text_hidden))  # (B, D) each
+        if gather:
+            image, text = gather_with_gradient(image), gather_with_gradient(text)             # (G, D) each
+        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
         similarity = image @ text.T / temperature                                             # (G, G)
         pairs = torch.arange(len(similarity), device=similarity.device)
         loss = F.cross_entropy(similarity, pairs)

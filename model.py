@@ -245,7 +245,9 @@ class MMDiT(nn.Module):
         config, sources = _read_layout(file, overrides)
         with torch.device("meta"):
             model = cls(config)
-        fresh = model.initialise if "blocks.0.image.qkv.weight" not in file and "null_image_embd" not in file else None
+        sd3 = "blocks.0.image.qkv.weight" not in file and "null_image_embd" not in file
+        heads = "align_dims" in overrides and all("_align." in name for name in model.state_dict().keys() - sources.keys())
+        fresh = model.initialise if sd3 or heads else None      # alignment heads that are asked for and not there start fresh, too
         return load(model, file, sources, fresh, dtype, device)
 
     def _check(self, latents, text, timestep, references, align_depth, want) -> None:
@@ -423,7 +425,7 @@ def _read_layout(file: Checkpoint, overrides: Mapping) -> tuple[MMDiTConfig, dic
                                               _fold_pooled_text)
     else:
         sources |= {"null_image": Source(("null_image_embd",))} | _linear("text_head", "text_proj_out")
-        if config.align_dims:
+        if config.align_dims and "siglip_adapter_img.fc.0.weight" in file:
             for own, name in (("image_align", "siglip_adapter_img"), ("text_align", "siglip_adapter_text")):
                 sources |= _linear(f"{own}.fc1", f"{name}.fc.0") | _linear(f"{own}.fc2", f"{name}.fc.2")
     return config, sources

@@ -146,6 +146,11 @@ class SampleSettings:
     text_steps: int = 64
 
 
+def averaged_weights(run: Path) -> Path | None:
+    """The averaged weights in the newest checkpoint of a run; None where there are none."""
+    return max(run.glob("checkpoint-*/ema.safetensors"), default=None)
+
+
 @dataclass
 class Pipeline:
     """Tokenizer, text encoder, autoencoder and transformer, with methods from texts to pictures and back."""
@@ -171,7 +176,7 @@ class Pipeline:
     def from_run(cls, run: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> "Pipeline":
         """The newest checkpoint (averaged weights) of a training run. Raises ValueError where something is missing."""
         run = Path(run)
-        averaged = max(run.glob("checkpoint-*/ema.safetensors"), default=None)
+        averaged = averaged_weights(run)
         if not averaged or not (run / "run.json").is_file():
             raise ValueError(f"{run}: holds no trained model; train one with python train.py, "
                              "or name the parts of a released one (--model, --vae, --t5, --tokenizer)")

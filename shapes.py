@@ -553,7 +553,7 @@ def _questions(s: _Split, n: int, pairs: list) -> None:
 def random_training_picture(rng: random.Random) -> np.ndarray:
     """What an autoencoder should see: crowded pictures and the maps of the perception tasks, none of a held-out scene."""
     draw, shapes = rng.choices([(render, SHAPES), (edge_map, SHAPES), (depth_map, SHAPES), (render, ARROWS), (pose_map, ARROWS)],
-                               (0.55, 0.2, 0.09, 0.08, 0.08))[0]
+                               (0.65, 0.17, 0.06, 0.06, 0.06))[0]
     while held_out(scene := random_scene(rng, rng.randint(1, 9), shapes)):
         pass
     return draw(scene)

@@ -45,7 +45,7 @@ from data import Batch, BatchOrder, Example, Tasks, load_image, parse_weights, r
 from evaluate import evaluate_run, print_scores
 from losses import contrastive_loss, flow_matching_loss, intrinsic_loss, masked_token_loss, total_loss
 from model import MMDiT, MMDiTConfig, Output
-from sample import SampleSettings
+from sample import SampleSettings, averaged_weights
 from teacher import ContrastiveTeacher, ContrastiveTeacherConfig, load_teacher
 from text_encoder import T5Config, T5Encoder, T5Tokenizer
 from vae import VAE, VAEConfig
@@ -111,14 +111,14 @@ class TrainConfig:
 
 _TINY = TrainConfig(                 # both vocabulary sizes become those of the tokenizer that the run trains
     out="runs/tiny",
-    weights="text_to_image=6.5,edits=5,edges=2,depth=0.75,pose=0.75,personalisation=3.5,questions=2.5", captioned="text_to_image",
+    weights="text_to_image=9,edits=6,edges=2,depth=0.4,pose=0.6,personalisation=2.5,questions=1.5", captioned="text_to_image",
     model=MMDiTConfig(width=128, depth=4, num_heads=4, text_dim=128, position_table=8, qk_norm=True, text_positions=32,
                       number_references=True, align_dims=(256, 128), align_silu=False),
     vae=VAEConfig(block_channels=(48, 48), layers_per_block=1, norm_groups=1, mid_attention=False, stem=4),
     text_encoder=T5Config(dim=128, head_dim=32, ff_dim=256, depth=2, num_heads=4),
     sampling=SampleSettings(image_size=64, text_length=32, steps=20, guidance=2.0, shift=1.0, text_steps=16),
-    train_scenes=30_000, test_scenes=510, vae_steps=5000, teacher_steps=600, steps=20_000, batch_size=16, accumulation=1,
-    lr=5e-3, muon_lr=0.025, beta2=0.95, weight_decay=0.0, warmup=100, decay=True, clip=1.0, ema=0.998, align_depth=2, sigma_mean=1.0,
+    train_scenes=30_000, test_scenes=510, vae_steps=6000, teacher_steps=500, steps=19_000, batch_size=16, accumulation=1,
+    lr=5e-3, muon_lr=0.025, beta2=0.95, weight_decay=0.0, warmup=100, decay=True, clip=1.0, ema=0.998, align_depth=2, sigma_mean=0.7,
     cache_latents=True, workers=0, log_every=50, save_every=1000)
 
 PRESETS = {
@@ -358,7 +358,7 @@ def train_tokenizer(texts: list[str], path: Path) -> None:
     """A sentencepiece model of whole words with T5's special ids, on the texts of the world."""
     model = io.BytesIO()
     SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, vocab_size=1000, hard_vocab_limit=False,
-                               model_type="word", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+                               model_type="word", character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
     write_atomically(path, lambda file: file.write_bytes(model.getvalue()))
 
 
@@ -439,7 +439,7 @@ def train_teacher(config: TrainConfig, tokenizer_path: Path, folder: Path) -> No
         pixels = torch.from_numpy(np.stack([shapes.render(s) for s in scenes])).permute(0, 3, 1, 2)                 # (256, 3, H, W)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast):
             image, text = teacher(pixels / 127.5 - 1, teacher.token_ids([shapes.caption(s) for s in scenes]))     # (256, d) each
-        loss = contrastive_loss(image.unsqueeze(1), text.unsqueeze(1))
+        loss = contrastive_loss(image.unsqueeze(1), text.unsqueeze(1), gather=False)          # the other ranks are waiting
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
@@ -497,7 +497,7 @@ def prepare(config: TrainConfig, run: Path) -> None:
     if not config.vae_path and not parts.vae.exists():
         with timed(run, "vae"):
             train_vae(config, parts.vae)
-    if config.intrinsic_weight and not config.teacher_path and not parts.teacher.exists():
+    if config.intrinsic_weight and not config.teacher_path and not (parts.teacher / "model.safetensors").exists():
         with timed(run, "teacher"):
             train_teacher(config, parts.tokenizer, parts.teacher)
 
@@ -510,25 +510,33 @@ def encode_all(dataset: Tasks, vae: VAE, device: torch.device) -> Tensor:
                       for chunk in tqdm(chunks, desc="encoding pictures", unit="batch", leave=False)])
 
 
-def teacher_features(examples: list[Example], teacher_path: Path, cache: Path, image_size: int,
+def teacher_features(examples: list[Example], teacher_path: Path, folder: Path, image_size: int, width: int,
                      device: torch.device) -> tuple[Tensor, Tensor]:
-    """The teacher's features (n, d) of the examples' pictures and captions, float16, computed once and kept in `cache`.
+    """The teacher's features (n, width) of the examples' pictures and captions, float16, computed once and kept in `folder`.
 
-    The cache knows which teacher, pictures and captions it was made of; another one is made anew.
+    The name of the cache tells the teacher, pictures and captions that it was made of. Raises ValueError for a teacher of
+    another width.
     """
-    content = zlib.crc32("\n".join(f"{e.image}\t{e.caption}" for e in examples).encode())
-    made_of = {"teacher": str(teacher_path.resolve()), "content": str(content), "image_size": str(image_size),
-               "written": str(max(file.stat().st_mtime_ns for file in teacher_path.iterdir()))}
-    if cache.exists() and (file := Checkpoint(cache)).metadata.items() >= made_of.items():
+    files = [*teacher_path.glob("*"), *(e.image for e in examples)]
+    made_of = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files] + [e.caption for e in examples]
+    cache = folder / f"teacher-{zlib.crc32(repr((image_size, made_of)).encode()):08x}.safetensors"
+    if cache.exists():
+        file = Checkpoint(cache)
+        if file.shape("image")[1] != width:
+            raise ValueError(f"{cache}: features of width {file.shape('image')[1]}, the model's alignment heads have {width}; "
+                             "change --model.align_dims, or --intrinsic_weight 0")
         return file.read("image", torch.float16), file.read("text", torch.float16)
     teacher, images, texts = load_teacher(teacher_path, torch.bfloat16 if device.type == "cuda" else torch.float32, device), [], []
+    if teacher.out_dim != width:
+        raise ValueError(f"{teacher_path}: features of width {teacher.out_dim}, the model's alignment heads have {width}; "
+                         "change --model.align_dims, or --intrinsic_weight 0")
     for i in tqdm(range(0, len(examples), 64), desc="teacher", unit="batch", leave=False):
         chunk = examples[i:i + 64]
         pictures = to_pictures(torch.stack([load_image(e.image, image_size) for e in chunk]))                # (b, H, W, 3)
         images.append(teacher.image_features(list(pictures)).half().cpu())
         texts.append(teacher.text_features([e.caption for e in chunk]).half().cpu())
     features = {"image": torch.cat(images), "text": torch.cat(texts)}                         # (n, d) each
-    save(cache, features, **made_of)
+    save(cache, features)
     return features["image"], features["text"]
 
 
@@ -578,7 +586,7 @@ def load_frozen(config: TrainConfig, parts: Parts, device: torch.device) -> tupl
 
 
 def load_tasks(config: TrainConfig, parts: Parts, tokenizer: T5Tokenizer, ranks: Ranks) -> Tasks:
-    """The data with the teacher's features. The first rank computes those, the others wait and read its cache."""
+    """The data in its tasks, whose shares the first rank prints."""
     dataset = Tasks([e for path in parts.data for e in read_jsonl(path)], tokenizer, config.sampling.image_size,
                     config.sampling.text_length, config.weights, config.captioned)
     if ranks.first:
@@ -587,19 +595,18 @@ def load_tasks(config: TrainConfig, parts: Parts, tokenizer: T5Tokenizer, ranks:
             shares[group.task] = shares.get(group.task, 0) + group.weight
         tqdm.write("tasks: " + ", ".join(f"{task} {share / sum(shares.values()):.0%}" for task, share in shares.items())
                    + (f"; not trained: {', '.join(dataset.left_out)}" if dataset.left_out else ""))
-    if config.intrinsic_weight and dataset.aligned:
-        aligned, cache = [dataset.examples[i] for i in dataset.aligned], parts.data[0].with_suffix(".teacher.safetensors")
-        for turn in (ranks.first, not ranks.first):
-            if turn:
-                dataset.features = teacher_features(aligned, parts.teacher, cache, config.sampling.image_size, ranks.device)
-            if ranks.world > 1:
-                dist.barrier()
     return dataset
 
 
-def averaged_weights(run: Path) -> Path | None:
-    """The averaged weights of a run's newest checkpoint; None if the path is no run."""
-    return max(run.glob("checkpoint-*/ema.safetensors"), default=None)
+def align(dataset: Tasks, config: TrainConfig, parts: Parts, width: int, ranks: Ranks) -> None:
+    """Give the data the teacher's features. The first rank computes them, the others wait and read its cache."""
+    aligned = [dataset.examples[i] for i in dataset.aligned]
+    folder = parts.data[0].parent if os.access(parts.data[0].parent, os.W_OK) else Path(config.out)
+    for turn in (ranks.first, not ranks.first):
+        if turn and aligned:
+            dataset.features = teacher_features(aligned, parts.teacher, folder, config.sampling.image_size, width, ranks.device)
+        if ranks.world > 1:
+            dist.barrier()
 
 
 def load_models(config: TrainConfig, vocab_size: int, resumed: Path | None, device: torch.device) -> tuple[MMDiT, MMDiT]:
@@ -620,7 +627,7 @@ def load_models(config: TrainConfig, vocab_size: int, resumed: Path | None, devi
     return model.to(device), average.to(device).requires_grad_(False)
 
 
-def check_parts(config: TrainConfig, model: MMDiT, text_encoder: T5Encoder, vae: VAE, tokenizer: T5Tokenizer, dataset: Tasks) -> None:
+def check_parts(config: TrainConfig, model: MMDiT, text_encoder: T5Encoder, vae: VAE, tokenizer: T5Tokenizer) -> None:
     """Raise ValueError before the long work if the parts do not fit together."""
     c, pixels = model.config, vae.downscale * model.config.patch_size
     if config.sampling.image_size % pixels:
@@ -633,12 +640,9 @@ def check_parts(config: TrainConfig, model: MMDiT, text_encoder: T5Encoder, vae:
                                 ("latent_channels", c.latent_channels, vae.config.latent_channels)):
         if wanted != found:
             raise ValueError(f"the parts do not fit together: {what} is {wanted} in the model and {found} in the frozen part beside it")
-    if dataset.features is not None:
-        if not c.align_dims or c.align_dims[1] != dataset.features[0].shape[1]:
-            raise ValueError(f"the teacher's features are {dataset.features[0].shape[1]} wide, the model's alignment heads are "
-                             f"{c.align_dims or 'missing'}; change --model.align_dims, or --intrinsic_weight 0")
-        if not 1 <= config.align_depth <= c.depth:
-            raise ValueError(f"--align_depth {config.align_depth}: the model has blocks 1 to {c.depth}")
+    if config.intrinsic_weight and not (c.align_dims and 1 <= config.align_depth <= c.depth):
+        raise ValueError(f"--align_depth {config.align_depth}, --model.align_dims {c.align_dims}: the intrinsic alignment needs two "
+                         f"widths of its heads, and one of the model's blocks 1 to {c.depth}; or --intrinsic_weight 0")
 
 
 def _as_it_is(batch):
@@ -662,13 +666,15 @@ def caught_signals():
             signal.signal(number, handler)
 
 
-def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path, signals: list) -> bool:
-    """Train to config.steps from the newest checkpoint of the run, or from the start; a signal in `signals` stops it: False."""
+def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
+    """Train to config.steps from the newest checkpoint of the run, or from the start; False if SIGINT or SIGTERM stopped it."""
     device, resumed = ranks.device, newest_checkpoint(run)
     tokenizer, text_encoder, vae = load_frozen(config, parts, device)
     dataset = load_tasks(config, parts, tokenizer, ranks)
     model, average = load_models(config, tokenizer.vocab_size, resumed, device)
-    check_parts(config, model, text_encoder, vae, tokenizer, dataset)
+    check_parts(config, model, text_encoder, vae, tokenizer)
+    if config.intrinsic_weight:
+        align(dataset, config, parts, model.config.align_dims[1], ranks)
     optimizers = make_optimizers(model, config)
     step, seconds, unfinished = load_optimizers(optimizers, resumed, ranks.world) if resumed else (0, 0.0, None)
     if config.cache_latents and step < config.steps:
@@ -687,45 +693,46 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path, signals: l
 
     start = time.time() - seconds
     bar = tqdm(total=config.steps, initial=step, desc="training", unit="step", disable=not ranks.first)
-    while step < config.steps:
-        for micro in range(config.accumulation):
-            batch = next(batches).to(device)
-            generator = torch.Generator(device).manual_seed(noise_seed(config, step, micro, ranks.rank))
-            latents = batch.latents                                                           # (B, 1 + R, C, H, W)
-            if latents is None:
-                latents = vae.encode(batch.pictures.flatten(0, 1), sample=True, generator=generator).float()
-                latents = latents.unflatten(0, batch.pictures.shape[:2])
-            last = micro == config.accumulation - 1
-            with contextlib.nullcontext() if last or ranks.world == 1 else wrapped.no_sync():
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
-                    found = wrapped(corrupt(batch, latents, text_encoder, tokenizer.mask_id, empty, generator, config))
-                (found["loss"] / config.accumulation).backward()
-            metrics.add(batch.task, found)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        if not norm.isfinite():
-            raise SystemExit(f"step {step}: the gradient is not finite ({norm.item()}); lower --lr or --muon_lr. "
-                             f"The last good checkpoint is in {run}")
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * learning_rate_scale(step, config)
-            optimizer.step()
-            optimizer.zero_grad()
-        update_average(average, model, step, config.ema)
-        step += 1
-        bar.update()
+    with caught_signals() as signals:
+        while step < config.steps:
+            for micro in range(config.accumulation):
+                batch = next(batches).to(device)
+                generator = torch.Generator(device).manual_seed(noise_seed(config, step, micro, ranks.rank))
+                latents = batch.latents                                                           # (B, 1 + R, C, H, W)
+                if latents is None:
+                    latents = vae.encode(batch.pictures.flatten(0, 1), sample=True, generator=generator).float()
+                    latents = latents.unflatten(0, batch.pictures.shape[:2])
+                last = micro == config.accumulation - 1
+                with contextlib.nullcontext() if last or ranks.world == 1 else wrapped.no_sync():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
+                        found = wrapped(corrupt(batch, latents, text_encoder, tokenizer.mask_id, empty, generator, config))
+                    (found["loss"] / config.accumulation).backward()
+                metrics.add(batch.task, found)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            if not norm.isfinite():
+                raise SystemExit(f"step {step}: the gradient is not finite ({norm.item()}); lower --lr or --muon_lr. "
+                                 f"The last good checkpoint is in {run}")
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["base_lr"] * learning_rate_scale(step, config)
+                optimizer.step()
+                optimizer.zero_grad()
+            update_average(average, model, step, config.ema)
+            step += 1
+            bar.update()
 
-        if step % config.log_every == 0 or step in (*config.keep, config.steps):
-            line = metrics.write(step, grad_norm=round(norm.item(), 4), seconds=round(time.time() - start, 1))
-            bar.set_postfix({name: f"{line[name]:.3f}" for name in ("flow_matching", "masked_token") if name in line})
-        stopping = mean_over_ranks(torch.tensor(float(len(signals)), device=device), ranks).item() > 0    # one rank's signal stops all
-        if step in config.keep and ranks.first:
-            save(run / f"kept-{step:08d}.safetensors", average.state_dict(), average.config)
-        if stopping or step % config.save_every == 0 or step == config.steps:
-            unfinished = metrics.state()
-            if ranks.first:
-                save_checkpoint(run, step, time.time() - start, model, average, optimizers, unfinished, ranks.world)
-        if stopping:
-            break
+            if step % config.log_every == 0 or step in (*config.keep, config.steps):
+                line = metrics.write(step, grad_norm=round(norm.item(), 4), seconds=round(time.time() - start, 1))
+                bar.set_postfix({name: f"{line[name]:.3f}" for name in ("flow_matching", "masked_token") if name in line})
+            stopping = mean_over_ranks(torch.tensor(float(len(signals)), device=device), ranks).item() > 0    # one rank's signal stops all
+            if step in config.keep and ranks.first:
+                save(run / f"kept-{step:08d}.safetensors", average.state_dict(), average.config)
+            if stopping or step % config.save_every == 0 or step == config.steps:
+                unfinished = metrics.state()
+                if ranks.first:
+                    save_checkpoint(run, step, time.time() - start, model, average, optimizers, unfinished, ranks.world)
+            if stopping:
+                break
     bar.close()
     return step == config.steps
 
@@ -811,7 +818,7 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
         p.error(f"--{wrong[0]} must be positive")
     try:
         parse_weights(config.weights)
-        config = inherit(config)
+        config = inherit(config, values)
     except ValueError as error:
         p.error(str(error))
     for name in ("data", "init", "vae_path", "t5_path", "tokenizer_path", "teacher_path", "mask_token"):
@@ -826,8 +833,11 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
     return config
 
 
-def inherit(config: TrainConfig) -> TrainConfig:
-    """With the folder of a run as --init: its frozen parts, and its shapes world if no other data is named."""
+def inherit(config: TrainConfig, given: dict) -> TrainConfig:
+    """With the folder of a run as --init: its frozen parts and sizes, and its shapes world if no other data is named.
+
+    given: the options of the command line. Raises ValueError for a run without a checkpoint.
+    """
     run = Path(config.init)
     if not config.init or not (run / "run.json").is_file():
         return config
@@ -839,6 +849,8 @@ def inherit(config: TrainConfig) -> TrainConfig:
              "tokenizer_path": parts.tokenizer, "mask_token": before.mask_token}
     if before.intrinsic_weight:
         found["teacher_path"] = parts.teacher
+    if not any(name.startswith("sampling.") for name in given):
+        config = replace(config, sampling=before.sampling)
     return replace(config, **{name: str(value) for name, value in found.items() if value and not getattr(config, name)})
 
 
@@ -851,20 +863,24 @@ def read_config(file: Path) -> TrainConfig:
     return make_config(TrainConfig, values, str(file))
 
 
+def write_config(config: TrainConfig, run: Path) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    write_atomically(run / "run.json", lambda file: file.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n"))
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(argv)
     run, ranks = Path(config.out), start_ranks()
     try:
         mean_over_ranks(torch.zeros(1, device=ranks.device), ranks)     # no rank is still reading its arguments
         if ranks.first:
-            run.mkdir(parents=True, exist_ok=True)
-            write_atomically(run / "run.json", lambda file: file.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n"))
+            write_config(config, run)
             prepare(config, run)
         if ranks.world > 1:
             dist.barrier()
         parts = parts_of(config, run)
-        with timed(run, "model") if ranks.first else contextlib.nullcontext(), caught_signals() as signals:
-            finished = train(config, ranks, parts, run, signals)
+        with timed(run, "model") if ranks.first else contextlib.nullcontext():
+            finished = train(config, ranks, parts, run)
         if ranks.first and finished and parts.test:
             print_scores(evaluate_run(run, ranks.device))
     except ValueError as error:

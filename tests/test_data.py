@@ -394,11 +394,12 @@ def test_order_does_not_depend_on_the_scale_of_the_weights():
     assert take(BatchOrder(groups_of(3, 1, 2), 3, seed=0), 50) == take(BatchOrder(groups_of(0.75, 0.25, 0.5), 3, seed=0), 50)
 
 
-def test_too_small_for_one_batch():
-    assert len(take(BatchOrder(one(8), 4, seed=0, world=2), 1)[0]) == 4
-    for groups in (one(7), [*groups_of(1, 1), Group("only", list(range(7)), 1.0)]):
-        with pytest.raises(ValueError, match="7 examples of the task 'only' .* not enough for one batch of 4 on each of 2 ranks"):
-            BatchOrder(groups, 4, seed=0, world=2)
+def test_a_group_too_small_for_one_batch_is_repeated():
+    """No task is dropped for its size: all of its examples come, each about equally often."""
+    groups = [*groups_of(1, size=40), Group("few", [100, 101, 102], 1.0)]
+    few = [batch for rank in (0, 1) for batch in take(BatchOrder(groups, 4, seed=0, rank=rank, world=2), 60) if batch[0] >= 100]
+    counts = [sum(batch.count(i) for batch in few) for i in (100, 101, 102)]
+    assert len(few) == 60 and all(len(batch) == 4 for batch in few) and sum(counts) == 240 and max(counts) - min(counts) <= 40
 
 
 # ---------------------------------------------------------------- weights

@@ -180,8 +180,14 @@ def test_clipping_sees_the_mean_gradient(tmp_path, monkeypatch):
 
 
 def torchrun(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py"),
-                           *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py"), *arguments]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            output, errors = process.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            process.terminate()                                 # which ends its ranks, too; a kill would leave them behind
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def test_two_ranks(tmp_path):
@@ -207,7 +213,7 @@ def corrupted(config: train.TrainConfig, references: int = 0, writes: bool = Tru
     model = MMDiT(MMDiTConfig(latent_channels=4, width=32, depth=2, num_heads=2, text_dim=16, vocab_size=50, position_table=4,
                               align_dims=(8, 12), align_silu=False, number_references=True))
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+        torch.nn.init.normal_(parameter, std=0.3)
     batch = Batch("any", None, None, torch.randint(3, 49, (4, 6)) if draws else None, torch.randint(3, 49, (4, 6)) if writes else None,
                   torch.ones(4, 6, dtype=torch.bool) if writes else None, (torch.randn(4, 12), torch.randn(4, 12)) if writes else None)
     encoder = T5Encoder(T5Config(vocab_size=50, dim=16, head_dim=8, ff_dim=16, depth=1, num_heads=2, mask_id=49))
@@ -291,7 +297,7 @@ def test_stages_start_from_each_other(tmp_path, monkeypatch):
     """Pairs; all tasks but questions; everything: each with the weights, the frozen parts and the data of the run before it."""
     monkeypatch.chdir(tmp_path)
     for number in (1, 2, 3):
-        train.main([*(QUICK if number == 1 else LOOP[:LOOP.index("--model.width")]), "--stage", str(number), "--steps", "8"])
+        train.main([*(QUICK if number == 1 else [*LOOP[:LOOP.index("--model.width")], "--batch_size", "4"]), "--stage", str(number), "--steps", "8"])
     runs = [tmp_path / f"runs/mini-stage{number}" for number in (1, 2, 3)]
     seen = [{name.split(".")[0] for m in metrics(run) for name in m if "." in name} for run in runs]
     assert seen[0] == {"text_to_image"} and "questions" not in seen[1] and {"text_to_image", "edits"} <= seen[1]
@@ -312,19 +318,30 @@ def test_stages_without_the_one_before(tmp_path, monkeypatch, capsys):
 
 
 def test_teacher_features_are_computed_once(finished, monkeypatch):
-    cache = finished / "data" / "train.teacher.safetensors"
-    dataset = train.load_tasks(train.read_config(finished / "run.json"), train.parts_of(train.read_config(finished / "run.json"), finished),
-                               T5Tokenizer(finished / "tokenizer.model"), train.Ranks(0, 1, torch.device("cpu")))
+    config, data = train.read_config(finished / "run.json"), finished / "data"
+    alone = train.Ranks(0, 1, torch.device("cpu"))
+    dataset = train.load_tasks(config, train.parts_of(config, finished), T5Tokenizer(finished / "tokenizer.model"), alone)
     chosen = [dataset.examples[i] for i in dataset.aligned]
+    [cache] = data.glob("teacher-*.safetensors")
     expected = Checkpoint(cache).read("image")
     assert len(expected) == len(chosen) == 144 and all(e.task == "text_to_image" for e in chosen)
-    teacher = load_teacher(finished / "teacher")
-    found = teacher.image_features([Image.open(chosen[100].image)])
+    found = load_teacher(finished / "teacher").image_features([Image.open(chosen[100].image)])
     torch.testing.assert_close(found[0], expected[100].float(), rtol=1e-2, atol=1e-2)
     monkeypatch.setattr(train, "load_teacher", None)            # a second run reads the cache
-    train.teacher_features(chosen, finished / "teacher", cache, 64, torch.device("cpu"))
+    image, text = train.teacher_features(chosen, finished / "teacher", data, 64, 128, torch.device("cpu"))
+    assert torch.equal(image.float(), expected.float()) and text.shape == (144, 128)
+    with pytest.raises(ValueError, match="width 128"):
+        train.teacher_features(chosen, finished / "teacher", data, 64, 99, torch.device("cpu"))
     with pytest.raises(TypeError):                              # other captions are not taken from it
-        train.teacher_features(chosen[1:], finished / "teacher", cache, 64, torch.device("cpu"))
+        train.teacher_features(chosen[1:], finished / "teacher", data, 64, 128, torch.device("cpu"))
+
+
+def test_one_rank_may_train_the_teacher_alone(monkeypatch):
+    monkeypatch.setattr("losses.gather_with_gradient", None)
+    x = torch.randn(3, 1, 4)
+    assert train.contrastive_loss(x, x, gather=False).isfinite()
+    with pytest.raises(TypeError):
+        train.contrastive_loss(x, x)
 
 
 def test_pictures_that_are_not_encoded_beforehand(finished, tmp_path):
