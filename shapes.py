@@ -86,9 +86,9 @@ def _distance(shape: str, size: str, shift: tuple[int, int]) -> np.ndarray:
     y, x = np.mgrid[:CELL, :CELL].astype(np.float32) - middle
     x, y, r = x - shift[0], y - shift[1], RADII[size]
     if shape == "circle":
-        return np.hypot(x, y) - r
-    if shape == "square":
-        return np.maximum(abs(x), abs(y)) - (r - 0.5)
+        return np.hypot(x, y) - (r - 0.5)
+    if shape == "square":                           # half as large again as the circle: of equal areas, blurred ones look alike
+        return np.maximum(abs(x), abs(y)) - r
     if shape == "triangle":                         # upright, of height 2 r - 1 and base 2 r
         slope = np.hypot(2 * r - 1, r)
         return np.maximum(y - (r - 0.5), ((2 * r - 1) * abs(x) - r * (y + r - 0.5)) / slope)
