@@ -14,11 +14,8 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import io
-import itertools
 import json
 import os
-import random
 import shutil
 import signal
 import sys
@@ -29,24 +26,22 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import shapes
+import tiny
 from checkpoint import Checkpoint, make_config, read_json, save, write_atomically
 from data import Batch, BatchOrder, Example, Tasks, load_image, parse_weights, read_jsonl, to_pictures
 from evaluate import evaluate_run, print_scores
 from losses import contrastive_loss, flow_matching_loss, intrinsic_loss, masked_token_loss, total_loss
 from model import MMDiT, MMDiTConfig, Output
 from sample import SampleSettings, averaged_weights
-from teacher import ContrastiveTeacher, ContrastiveTeacherConfig, load_teacher
+from teacher import load_teacher
 from text_encoder import T5Config, T5Encoder, T5Tokenizer
 from vae import VAE, VAEConfig
 
@@ -114,7 +109,7 @@ _TINY = TrainConfig(                 # both vocabulary sizes become those of the
     weights="text_to_image=9,edits=6,edges=2,depth=0.4,pose=0.6,personalisation=2.5,questions=1.5", captioned="text_to_image",
     model=MMDiTConfig(width=128, depth=4, num_heads=4, text_dim=128, position_table=8, qk_norm=True, text_positions=32,
                       number_references=True, align_dims=(256, 128), align_silu=False),
-    vae=VAEConfig(block_channels=(48, 48), layers_per_block=1, norm_groups=1, mid_attention=False, stem=4),
+    vae=tiny.VAE_CONFIG,
     text_encoder=T5Config(dim=128, head_dim=32, ff_dim=256, depth=2, num_heads=4),
     sampling=SampleSettings(image_size=64, text_length=32, steps=20, guidance=2.0, shift=1.0, text_steps=16),
     train_scenes=30_000, test_scenes=510, vae_steps=6000, teacher_steps=500, steps=19_000, batch_size=16, accumulation=1,
@@ -352,101 +347,7 @@ def load_optimizers(optimizers: list, folder: Path, world: int) -> tuple[int, fl
     return int(file.metadata["step"]), float(file.metadata["seconds"]), metrics
 
 
-# ---------------------------------------------------------------- what a run without released weights makes for itself
-
-def train_tokenizer(texts: list[str], path: Path) -> None:
-    """A sentencepiece model of whole words with T5's special ids, on the texts of the world."""
-    model = io.BytesIO()
-    SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, vocab_size=1000, hard_vocab_limit=False,
-                               model_type="word", character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
-    write_atomically(path, lambda file: file.write_bytes(model.getvalue()))
-
-
-def train_vae(config: TrainConfig, path: Path) -> None:
-    """The tiny autoencoder: squared error and a little KL, on crowded pictures (one to nine objects), which teach most per step,
-    and on the maps of the perception tasks.
-
-    Its latents are then scaled to unit variance, which SD3's constants do for SD3's latents.
-    """
-    rng, generator = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
-    torch.manual_seed(config.seed)
-    drawn = np.stack([shapes.random_training_picture(rng) for _ in range(6000)])
-    pictures = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1                # (6000, 3, H, W)
-    vae = VAE(replace(config.vae, scale=1.0, shift=0.0))
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    for step in tqdm(range(config.vae_steps), desc="autoencoder", unit="step"):
-        for group in optimizer.param_groups:
-            group["lr"] = 6e-3 * min(1, (step + 1) / 50) * (1 - step / config.vae_steps)
-        x = pictures[torch.randint(len(pictures), (16,), generator=generator)]                # (16, 3, H, W)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast):
-            mean, logvar = (part.float() for part in vae.moments(x))                          # (16, C, h, w) each
-            z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator)      # (16, C, h, w)
-            y = vae.decode(z).float()                                                         # (16, 3, H, W)
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        loss = F.mse_loss(y, x) + 1e-4 * kl
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-    with torch.no_grad():
-        mean = torch.cat([vae.moments(chunk)[0] for chunk in pictures[:512].split(64)])       # (512, C, h, w)
-    vae.config = replace(config.vae, scale=1 / mean.std().item(), shift=mean.mean().item())
-    save(path, vae.state_dict(), vae.config)
-
-
-def scene_variant(scene: shapes.Scene, rng: random.Random) -> shapes.Scene:
-    """`scene` with the background changed, or one attribute of one object: made new, or exchanged with another object's.
-
-    The same scene where the change would be none or would put two objects into one cell.
-    """
-    name = rng.choice((*shapes.Object._fields[:4], "background"))
-    if name == "background":
-        return scene._replace(background=rng.choice(list(shapes.BACKGROUNDS)))
-    first, *rest = rng.sample(scene.objects, len(scene.objects))
-    exchange = bool(rest) and rng.random() < 0.5
-    other = rest.pop() if exchange else shapes.random_scene(rng, 1).objects[0]
-    objects = [first._replace(**{name: getattr(other, name)}), *[other._replace(**{name: getattr(first, name)})] * exchange, *rest]
-    free = len({o.cell for o in objects}) == len(objects)
-    return scene._replace(objects=tuple(sorted(objects, key=lambda o: o.cell))) if free else scene
-
-
-def scenes_and_variants(rng: random.Random, count: int, variants: int = 3) -> list[shapes.Scene]:
-    """`count` random scenes of one to three objects, each followed by different variants of it; none is held out."""
-    scenes = []
-    while len(scenes) < count * (1 + variants):
-        scene = shapes.random_scene(rng, rng.choices((1, 2, 3), (1, 2, 3))[0])
-        group = {scene.content(): scene} if not shapes.held_out(scene) else {}
-        while 0 < len(group) <= variants:
-            other = scene_variant(scene, rng)
-            group |= {other.content(): other} if not shapes.held_out(other) else {}
-        scenes += group.values()
-    return scenes
-
-
-def train_teacher(config: TrainConfig, tokenizer_path: Path, folder: Path) -> None:
-    """The small teacher: every picture finds its caption, and is found by it, among 64 scenes with three variants of each.
-
-    Random scenes differ in so much that a few attributes tell them apart; their variants differ in one.
-    """
-    rng, tokenizer = random.Random(config.seed), SentencePieceProcessor(model_proto=tokenizer_path.read_bytes())
-    torch.manual_seed(config.seed)
-    teacher = ContrastiveTeacher(ContrastiveTeacherConfig(vocab_size=tokenizer.get_piece_size()), tokenizer)
-    optimizer = torch.optim.AdamW(teacher.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    for step in tqdm(range(config.teacher_steps), desc="teacher", unit="step"):
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, (step + 1) / 30) * (1 - step / config.teacher_steps)
-        scenes = scenes_and_variants(rng, 64)
-        pixels = torch.from_numpy(np.stack([shapes.render(s) for s in scenes])).permute(0, 3, 1, 2)                 # (256, 3, H, W)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast):
-            image, text = teacher(pixels / 127.5 - 1, teacher.token_ids([shapes.caption(s) for s in scenes]))     # (256, d) each
-        loss = contrastive_loss(image.unsqueeze(1), text.unsqueeze(1), gather=False)          # the other ranks are waiting
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
-        optimizer.step()
-    write_atomically(folder / "tokenizer.model", lambda file: file.write_bytes(tokenizer_path.read_bytes()))
-    save(folder / "model.safetensors", teacher.state_dict(), teacher.config)
-
+# ---------------------------------------------------------------- what is prepared before the training
 
 class Parts(typing.NamedTuple):
     """Where the frozen parts of a run are, and its data."""
@@ -488,7 +389,7 @@ def prepare(config: TrainConfig, run: Path) -> None:
         with timed(run, "tokenizer"):
             examples = [e for path in parts.data for e in read_jsonl(path)]
             texts = dict.fromkeys(text for e in examples for text in (e.prompt, e.question, e.caption) if text)
-            train_tokenizer(list(texts), parts.tokenizer)
+            tiny.train_tokenizer(list(texts), parts.tokenizer)
     tokenizer = T5Tokenizer(parts.tokenizer)
     if not config.t5_path and not parts.text_encoder.exists():
         torch.manual_seed(config.seed)
@@ -496,10 +397,10 @@ def prepare(config: TrainConfig, run: Path) -> None:
         save(parts.text_encoder, T5Encoder(t5_config).state_dict(), t5_config)
     if not config.vae_path and not parts.vae.exists():
         with timed(run, "vae"):
-            train_vae(config, parts.vae)
+            tiny.train_vae(config.vae, config.vae_steps, config.seed, config.autocast, parts.vae)
     if config.intrinsic_weight and not config.teacher_path and not (parts.teacher / "model.safetensors").exists():
         with timed(run, "teacher"):
-            train_teacher(config, parts.tokenizer, parts.teacher)
+            tiny.train_teacher(config.teacher_steps, config.seed, config.autocast, parts.tokenizer, parts.teacher)
 
 
 @torch.no_grad()
