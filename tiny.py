@@ -62,11 +62,11 @@ def train_vae(config: VAEConfig, steps: int, seed: int, autocast: bool, path: Pa
     """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    pictures = to_tensor([shapes.random_training_picture(rng) for _ in range(6000)])         # (6000, 3, H, W)
+    pictures = [shapes.random_training_picture(rng) for _ in range(6000)]
     vae = VAE(replace(config, scale=1.0, shift=0.0))
 
     def loss() -> Tensor:
-        x = pictures[torch.randint(len(pictures), (16,), generator=generator)]                # (16, 3, H, W)
+        x = to_tensor([pictures[i] for i in torch.randint(len(pictures), (16,), generator=generator)])       # (16, 3, H, W)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             mean, logvar = (part.float() for part in vae.moments(x))                          # (16, C, h, w) each
             z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator)      # (16, C, h, w)
@@ -75,7 +75,7 @@ def train_vae(config: VAEConfig, steps: int, seed: int, autocast: bool, path: Pa
 
     fit(vae, loss, steps, lr=6e-3, warmup=50, label="autoencoder")
     with torch.no_grad():
-        mean = torch.cat([vae.moments(chunk)[0] for chunk in pictures[:512].split(64)])       # (512, C, h, w)
+        mean = torch.cat([vae.moments(to_tensor(pictures[i:i + 64]))[0] for i in range(0, 512, 64)])         # (512, C, h, w)
     vae.config = replace(config, scale=1 / mean.std().item(), shift=mean.mean().item())
     save(path, vae.state_dict(), vae.config)
 
