@@ -1,7 +1,7 @@
 """The paper's ablation (UniAlignment, arXiv 2509.23760, Figure 8) on text-image pairs of the shapes world: which alignment helps?
 
     python ablation.py                          four arms, three seeds each: neither alignment, cross-modal, intrinsic, both
-    python ablation.py --arms unseen warm       a search: other forms of an alignment (--help lists the arms)
+    python ablation.py --arms unseen heavy      a search: other forms of an alignment (--help lists the arms)
 
 All arms have the same data, autoencoder, teacher, noise and steps; a seed changes initial weights, noise and the order of the data.
 Each run is scored on held-out scenes on the way and at its end, with averaged weights. An interrupted ablation continues where it
@@ -22,8 +22,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import write_atomically
-from data import read_jsonl
-from evaluate import score_pairs
+from evaluate import held_out_examples, score_pairs
 from sample import Pipeline
 from text_encoder import T5Tokenizer
 from train import PRESETS, Ranks, TrainConfig, align, caught_signals, load_tasks, parts_of, prepare, timed, train, write_config
@@ -73,7 +72,7 @@ def run_one(task: tuple[str, int, Path, TrainConfig, int, int]) -> bool:
     if not train(config, Ranks(0, 1, torch.device("cpu")), parts, run):
         return False
     seconds = {m["step"]: m["seconds"] for m in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
-    examples = [e for e in read_jsonl(parts.test) if e.task == "text_to_image" and e.prompt == e.caption][:scenes]
+    examples = [e for e in held_out_examples(run) if e.prompt == e.caption][:scenes]
     lines = []
     for step in config.keep:
         pipeline = Pipeline.from_parts(run / f"kept-{step:08d}.safetensors", parts.vae, parts.text_encoder, parts.tokenizer, None,

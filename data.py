@@ -19,7 +19,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,6 +136,11 @@ def to_pictures(images: Tensor) -> np.ndarray:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
+def to_images(pictures: Sequence[np.ndarray]) -> Tensor:
+    """The inverse of `to_pictures`: (n, 3, H, W) float32 in [-1, 1] of pictures (H, W, 3) uint8."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
 # ---------------------------------------------------------------- batches
 
 class Batch(NamedTuple):
@@ -196,8 +201,8 @@ class Tasks(Dataset):
         self.writes = [bool(e.caption) and (e.prompt is None or "*" in written or e.task in written)
                        for e in self.examples]
         for e in self.examples:
-            if (found := "<extra_id_0>") in f"{e.prompt} {e.question} {e.caption}":
-                raise ValueError(f"the text of {e.image} holds the mask token {found}; remove it")
+            if "<extra_id_0>" in f"{e.prompt} {e.question} {e.caption}":
+                raise ValueError(f"the text of {e.image} holds the mask token <extra_id_0>; remove it")
         sizes = collections.Counter(e.task for e in self.examples)
         members: dict[tuple, list[int]] = {}
         for i, e in enumerate(self.examples):

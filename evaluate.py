@@ -16,12 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import shapes
 from checkpoint import read_json, write_atomically
-from data import Example, load_image, parse_weights, read_jsonl, to_pictures
+from data import Example, load_image, parse_weights, read_jsonl, to_images, to_pictures
 from report import Case, sheet, table_rows, write_report
 from sample import Pipeline
 
@@ -147,11 +146,6 @@ def load(e: Example, size: int) -> Output:
     """An example with its pictures, (size, size, 3), of which nothing is made yet."""
     *sources, picture = (to_pictures(load_image(path, size)[None])[0] for path in (*e.sources, e.image))
     return Output(e.question, [picture], e.caption) if e.prompt is None else Output(e.prompt, sources, picture)
-
-
-def to_images(pictures: Sequence[np.ndarray]) -> Tensor:
-    """The inverse of `to_pictures`: (n, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def make(outputs: Sequence[Output], function: Callable[[list[Output], int], Sequence], chunk: int, label: str) -> list[Output]:

@@ -82,8 +82,8 @@ def contrastive_loss(image_hidden: Tensor, text_hidden: Tensor, temperature: flo
     """Equation (3), cross-modal alignment: InfoNCE of mean-pooled final hidden states over the global batch of all ranks.
 
     image_hidden (B, N, D) and text_hidden (B, L, D) of the same pairs, same B on every rank. symmetric: the mean of
-    image-to-text and text-to-image, else image-to-text only. gather: False where only one rank computes. Every rank returns the loss of the whole batch, so that the mean
-    of the ranks' gradients is its gradient.
+    image-to-text and text-to-image, else image-to-text only. gather: False where only one rank computes. Every rank returns the
+    loss of the whole batch, so that the mean of the ranks' gradients is its gradient.
     """
     if image_hidden.ndim != 3 or text_hidden.ndim != 3 or image_hidden.shape[::2] != text_hidden.shape[::2]:
         raise ValueError(f"contrastive_loss: shapes {tuple(image_hidden.shape)} and {tuple(text_hidden.shape)}, "

@@ -281,7 +281,7 @@ def random_prompt(rng: random.Random, category: str) -> tuple[str, Scene]:
         part = rng.choice([{"shape": rng.choice(SHAPES)}, {"color": rng.choice(list(COLORS))},
                            {"shape": rng.choice(SHAPES), "color": rng.choice(list(COLORS))}])
         scene = scene._replace(objects=tuple(o._replace(**part) for o in scene.objects))
-        text = " ".join([NUMBERS[count], *[part[name] for name in ("color",) if name in part], part.get("shape", "object") + "s"])
+        text = " ".join(filter(None, (NUMBERS[count], part.get("color"), part.get("shape", "object") + "s")))
     elif category == "negation":
         count = rng.choice((1, 2, 3))
         scene = random_scene(rng, count)

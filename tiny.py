@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import shapes
 from checkpoint import save, write_atomically
+from data import to_images, to_pictures
 from losses import contrastive_loss
 from teacher import ContrastiveTeacher, ContrastiveTeacherConfig
 from vae import VAE, VAEConfig
@@ -49,11 +50,6 @@ def fit(model: nn.Module, loss: Callable[[], Tensor], steps: int, lr: float, war
         optimizer.step()
 
 
-def to_tensor(pictures: list[np.ndarray]) -> Tensor:
-    """Pictures (H, W, 3) uint8 -> (n, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
-
-
 def train_vae(config: VAEConfig, steps: int, seed: int, autocast: bool, path: Path) -> None:
     """The tiny autoencoder: squared error and a little KL, on crowded pictures (one to nine objects), which teach most per step,
     and on the maps of the perception tasks.
@@ -66,7 +62,7 @@ def train_vae(config: VAEConfig, steps: int, seed: int, autocast: bool, path: Pa
     vae = VAE(replace(config, scale=1.0, shift=0.0))
 
     def loss() -> Tensor:
-        x = to_tensor([pictures[i] for i in torch.randint(len(pictures), (16,), generator=generator)])       # (16, 3, H, W)
+        x = to_images([pictures[i] for i in torch.randint(len(pictures), (16,), generator=generator)])       # (16, 3, H, W)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             mean, logvar = (part.float() for part in vae.moments(x))                          # (16, C, h, w) each
             z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator)      # (16, C, h, w)
@@ -75,7 +71,7 @@ def train_vae(config: VAEConfig, steps: int, seed: int, autocast: bool, path: Pa
 
     fit(vae, loss, steps, lr=6e-3, warmup=50, label="autoencoder")
     with torch.no_grad():
-        mean = torch.cat([vae.moments(to_tensor(pictures[i:i + 64]))[0] for i in range(0, 512, 64)])         # (512, C, h, w)
+        mean = torch.cat([vae.moments(to_images(pictures[i:i + 64]))[0] for i in range(0, 512, 64)])         # (512, C, h, w)
     vae.config = replace(config, scale=1 / mean.std().item(), shift=mean.mean().item())
     save(path, vae.state_dict(), vae.config)
 
@@ -120,7 +116,7 @@ def train_teacher(steps: int, seed: int, autocast: bool, tokenizer_path: Path, f
 
     def loss() -> Tensor:
         scenes = scenes_and_variants(rng, 64)
-        images, ids = to_tensor([shapes.render(s) for s in scenes]), teacher.token_ids([shapes.caption(s) for s in scenes])
+        images, ids = to_images([shapes.render(s) for s in scenes]), teacher.token_ids([shapes.caption(s) for s in scenes])
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             image, text = teacher(images, ids)                                                # (256, d) each
         return contrastive_loss(image.unsqueeze(1), text.unsqueeze(1), gather=False)          # other ranks, if any, are waiting
@@ -141,6 +137,6 @@ if __name__ == "__main__":
     shown = [shapes.random_training_picture(chance) for _ in range(12)]
     model = VAE.from_pretrained(target / "vae.safetensors")
     with torch.no_grad():
-        kept = ((model.decode(model.encode(to_tensor(shown))).clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        kept = to_pictures(model.decode(model.encode(to_images(shown))))                      # (12, H, W, 3)
     Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in (shown, list(kept))])).save(target / "autoencoder.png")
     print("wrote", target / "autoencoder.png", "(above: pictures; below: what the autoencoder keeps of them)")

@@ -419,7 +419,8 @@ def teacher_features(examples: list[Example], teacher_path: Path, folder: Path, 
     another width.
     """
     files = [*teacher_path.glob("*"), *(e.image for e in examples)]
-    made_of = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files] + [e.caption for e in examples]
+    states = [(file.name, file.stat()) for file in files]
+    made_of = [f"{name} {state.st_size} {state.st_mtime_ns}" for name, state in states] + [e.caption for e in examples]
     cache = folder / f"teacher-{zlib.crc32(repr((image_size, made_of)).encode()):08x}.safetensors"
     if cache.exists():
         file = Checkpoint(cache)

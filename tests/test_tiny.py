@@ -50,7 +50,7 @@ def test_fit_warms_up_and_decays(monkeypatch):
 
 def test_the_autoencoder_learns_and_has_unit_scale(tmp_path):
     config = tiny.VAEConfig(block_channels=(16,), layers_per_block=1, norm_groups=1, mid_attention=False, stem=4)
-    errors, pictures = [], tiny.to_tensor([shapes.random_training_picture(random.Random(i)) for i in range(64)])
+    errors, pictures = [], tiny.to_images([shapes.random_training_picture(random.Random(i)) for i in range(64)])
     for steps in (1, 60):
         tiny.train_vae(config, steps, 0, True, tmp_path / f"{steps}.safetensors")
         vae = VAE.from_pretrained(tmp_path / f"{steps}.safetensors")
