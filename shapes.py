@@ -407,6 +407,7 @@ def right_objects(text: str, references: Sequence[Object], found: Scene) -> int:
 # ---------------------------------------------------------------- questions
 
 QUESTIONS = ("count", "what", "exists", "where", "color", "background")
+_ASKED = (3, 2, 4, 1, 3, 0.5)                       # how often in training: what is hard to answer more often
 
 
 def random_question(rng: random.Random, scene: Scene, kind: str) -> tuple[str, str] | None:
@@ -481,6 +482,10 @@ class _Split:
             pass
         return made
 
+    def scene(self, make: Callable[[], Scene]) -> Scene:
+        """What `make` returns, repeated until it belongs to this split."""
+        return self.draw(lambda: ([make()],))[0][0]
+
     def write(self) -> None:
         temporary = self.folder / f".{self.split}.jsonl.tmp"    # under its name only when it is complete
         temporary.write_text("".join(self.records))
@@ -492,7 +497,7 @@ def _pairs(s: _Split, n: int) -> list[tuple[str, Scene]]:
     made = []
     for i in range(n):
         count = 1 + i % 3 if s.split == "test" else s.rng.choices((1, 2, 3), (1, 2, 3))[0]
-        scene = s.draw(lambda: ((scene := random_scene(s.rng, count)), [scene]))[0]
+        scene = s.scene(lambda: random_scene(s.rng, count))
         made.append((s.picture(render(scene)), scene))
         s.add("text_to_image", pair_record(made[-1][0], scene))
     return made
@@ -508,12 +513,20 @@ def _partial_prompts(s: _Split, n: int, pairs: list) -> None:
 
 
 def _edits(s: _Split, n: int, pairs: list) -> None:
+    """Half of them one edit, of each kind equally often, the others two or three."""
     for i in range(n):
-        name, source = pairs[i % len(pairs)]
-        count = (1, 1, 2, 3)[i // 3 % 4]
-        texts, scenes = s.draw(lambda: ((made := random_edits(s.rng, source, count))[0], made[1][-1:]))
-        s.add("edits", {"image": [name, s.picture(render(scenes[-1]))], "conversations": _turns(caption(scenes[-1])),
-                        "instruction": " and ".join(texts)})
+        count, kinds = (1, 2, 1, 3)[i % 4], itertools.chain([EDITS[i // 2 % len(EDITS)]] * 200, itertools.repeat("background"))
+
+        def make() -> tuple:
+            while True:
+                name, source = s.rng.choice(pairs)
+                if count > 1:
+                    texts, scenes = random_edits(s.rng, source, count)
+                    return name, " and ".join(texts), scenes[-1:]
+                if edit := random_edit(s.rng, source, next(kinds)):      # in a small world, a kind may be impossible
+                    return name, edit[0], [edit[1]]
+        name, text, [scene] = s.draw(make)
+        s.add("edits", {"image": [name, s.picture(render(scene))], "conversations": _turns(caption(scene)), "instruction": text})
 
 
 def _maps(s: _Split, n: int, pairs: list, task: str) -> None:
@@ -521,7 +534,7 @@ def _maps(s: _Split, n: int, pairs: list, task: str) -> None:
     for i in range(n):
         name, scene = pairs[i % len(pairs)]
         if task == "pose":
-            scene = s.draw(lambda: ((made := random_scene(s.rng, 1 + i % 3, ARROWS)), [made]))[0]
+            scene = s.scene(lambda: random_scene(s.rng, 1 + i % 3, ARROWS))
             name = s.picture(render(scene))
         target = s.picture({"edges": edge_map, "depth": depth_map, "pose": pose_map}[task](scene))
         s.add(task, {"image": [name, target], "conversations": _turns(""), "instruction": f"draw the {task} of the picture"})
@@ -530,7 +543,7 @@ def _maps(s: _Split, n: int, pairs: list, task: str) -> None:
 def _compositions(s: _Split, n: int, pairs: list) -> None:
     singles = []
     for i in range(1 + n // 3):
-        scene = s.draw(lambda: ((made := random_scene(s.rng, 1)), [made]))[0]
+        scene = s.scene(lambda: random_scene(s.rng, 1))
         singles.append((s.picture(render(scene)), scene.objects[0]))
     for i in range(n):
         chosen = s.rng.sample(singles, min(1 + i % 3, len(singles)))
@@ -543,7 +556,7 @@ def _questions(s: _Split, n: int, pairs: list) -> None:
     for i in range(n):
         name, scene = pairs[i % len(pairs)]
         asked: tuple[str, ...] = ()
-        for kind in [QUESTIONS[i % len(QUESTIONS)]] if s.split == "test" else s.rng.sample(QUESTIONS, 2):
+        for kind in [QUESTIONS[i % len(QUESTIONS)]] if s.split == "test" else s.rng.choices(QUESTIONS, _ASKED, k=2):
             while (pair := random_question(s.rng, scene, kind)) is None:
                 kind = s.rng.choice(QUESTIONS)
             asked += (f"<image>\n{pair[0]}" if not asked else pair[0], pair[1])
@@ -560,7 +573,7 @@ def random_training_picture(rng: random.Random) -> np.ndarray:
 
 
 # records of each kind for every full caption: in training, in the test
-_SHARES = {_partial_prompts: (0.2, 0.6), _edits: (0.6, 0.6), functools.partial(_maps, task="edges"): (0.3, 0.6),
+_SHARES = {_partial_prompts: (0.4, 0.6), _edits: (0.9, 0.6), functools.partial(_maps, task="edges"): (0.3, 0.6),
            functools.partial(_maps, task="depth"): (0.15, 0.6), functools.partial(_maps, task="pose"): (0.15, 0.6),
            _compositions: (0.3, 0.6), _questions: (1.0, 1.0)}
 

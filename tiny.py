@@ -8,6 +8,7 @@ Run alone to make the three and look at what the autoencoder keeps:   python tin
 import io
 import random
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,10 +32,17 @@ VAE_CONFIG = VAEConfig(block_channels=(48, 48), layers_per_block=1, norm_groups=
 
 
 def train_tokenizer(texts: list[str], path: Path) -> None:
-    """A sentencepiece model of whole words with T5's special ids. All characters are kept, so that no word of `texts` is unknown."""
+    """A sentencepiece model of whole words with T5's special ids. All characters are kept, so that no word of `texts` is unknown.
+
+    A question mark becomes a word of its own: what "circle" means is then learned once, not again for "circle?".
+    """
     model = io.BytesIO()
-    SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, vocab_size=1000, hard_vocab_limit=False,
-                               model_type="word", character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    with tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:
+        rules.write("3F\t20 3F\n")                               # "?" -> " ?", in hexadecimal code points
+        rules.flush()
+        SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, vocab_size=1000, hard_vocab_limit=False,
+                                   model_type="word", character_coverage=1.0, normalization_rule_tsv=rules.name,
+                                   pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
     write_atomically(path, lambda file: file.write_bytes(model.getvalue()))
 
 

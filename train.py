@@ -89,6 +89,7 @@ class TrainConfig:
     sigma_mean: float = _field(0.0, "of the logit of sigma, whose spread is 1; more than 0: noisier pictures, of which a prompt says more")
     prompt_dropout: float = _field(0.1, "share of empty prompts in the image branch, for guidance")
     text_weight: float = _field(0.2, "of equation (2) in equation (5)")
+    answer_weight: float = _field(0.2, "the same where only an answer counts: one or a few words, but averaged over all positions")
     cross_weight: float = _field(0.05, "of equation (3) in equation (5)")
     cross_unseen: bool = _field(False, "equation (3) between streams that have not seen the other side: two more passes, of the picture "
                                        "with an empty text and of the caption without a picture")
@@ -106,20 +107,20 @@ class TrainConfig:
 
 _TINY = TrainConfig(                 # both vocabulary sizes become those of the tokenizer that the run trains
     out="runs/tiny",
-    weights="text_to_image=9,edits=6,edges=2,depth=0.4,pose=0.6,personalisation=2.5,questions=1.5", captioned="text_to_image",
+    weights="text_to_image=5.5,edits=7.5,edges=2,depth=0.3,pose=0.8,personalisation=3.2,questions=4", captioned="text_to_image",
     model=MMDiTConfig(width=128, depth=4, num_heads=4, text_dim=128, position_table=8, qk_norm=True, text_positions=32,
                       number_references=True, align_dims=(256, 128), align_silu=False),
     vae=tiny.VAE_CONFIG,
     text_encoder=T5Config(dim=128, head_dim=32, ff_dim=256, depth=2, num_heads=4),
     sampling=SampleSettings(image_size=64, text_length=32, steps=20, guidance=2.0, shift=1.0, text_steps=16),
-    train_scenes=30_000, test_scenes=510, vae_steps=6000, teacher_steps=500, steps=19_000, batch_size=16, accumulation=1,
-    lr=5e-3, muon_lr=0.025, beta2=0.95, weight_decay=0.0, warmup=100, decay=True, clip=1.0, ema=0.998, align_depth=2, sigma_mean=0.7,
-    cache_latents=True, workers=0, log_every=50, save_every=1000)
+    train_scenes=30_000, test_scenes=510, vae_steps=5000, teacher_steps=400, steps=16_000, batch_size=32, accumulation=1,
+    answer_weight=1.0, lr=5e-3, muon_lr=0.025, beta2=0.95, weight_decay=0.0, warmup=100, decay=True, clip=1.0, ema=0.998, align_depth=2,
+    sigma_mean=0.7, cache_latents=True, workers=0, log_every=50, save_every=1000)
 
 PRESETS = {
     "tiny": _TINY,
     "mini": replace(_TINY, out="runs/mini", train_scenes=1200, test_scenes=12, vae_steps=300, teacher_steps=30, steps=300,
-                    save_every=100),
+                    batch_size=16, save_every=100),
     "sd3": replace(TrainConfig(), gradient_checkpointing=True, model=MMDiTConfig(align_dims=(2048, 3584), align_silu=False)),
 }
 
@@ -296,8 +297,9 @@ class Objective(nn.Module):
             found["contrastive"] = contrastive_loss(image_hidden, text_hidden)
         if drawn and written and c.features:
             found["intrinsic"] = intrinsic_loss(drawn.image_mid, c.features[0], written.text_mid, c.features[1])
+        text_weight = config.text_weight if drawn else config.answer_weight                   # without a prompt it is a question
         found["loss"] = total_loss(*(found.get(name, 0.0) for name in ("flow_matching", "masked_token", "contrastive", "intrinsic")),
-                                   config.text_weight, config.cross_weight, config.intrinsic_weight)
+                                   text_weight, config.cross_weight, config.intrinsic_weight)
         return found
 
 

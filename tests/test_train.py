@@ -237,6 +237,8 @@ def test_one_pass_and_two_passes_have_the_same_losses():
         torch.testing.assert_close(together[name], alone[name])
     weighted = [together["flow_matching"], 0.2 * together["masked_token"], 0.05 * together["contrastive"], 0.1 * together["intrinsic"]]
     torch.testing.assert_close(together["loss"], sum(weighted))
+    question = train.Objective(model, replace(CONFIG, answer_weight=3.0))(c._replace(noise=None, prompts=None, features=None))
+    torch.testing.assert_close(question["loss"], 3 * written["masked_token"])
 
 
 def test_source_pictures_are_seen_by_the_image_branch_alone():
