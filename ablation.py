@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if a.jobs < 1 or a.steps < 1 or a.scenes < 1:
         p.error("--jobs, --steps and --scenes must be positive")
     keep = tuple(sorted({step for step in a.scored if 0 < step < a.steps} | {a.steps}))
-    base = replace(PRESETS[a.preset], weights="text_to_image=1", batch_size=16, steps=a.steps, keep=keep)
+    base = replace(PRESETS[a.preset], weights="text_to_image=1", steps=a.steps, keep=keep)
     threads = max(1, torch.get_num_threads() // a.jobs)
     torch.set_num_threads(threads)                              # for the teacher as well, whose time is compared with that of the runs
     settings, file = json.loads(json.dumps(asdict(base) | {"scenes": a.scenes})), a.out / "settings.json"
