@@ -541,14 +541,12 @@ def _maps(s: _Split, n: int, pairs: list, task: str) -> None:
 
 
 def _compositions(s: _Split, n: int, pairs: list) -> None:
-    singles = []
-    for i in range(1 + n // 3):
-        scene = s.scene(lambda: random_scene(s.rng, 1))
-        singles.append((s.picture(render(scene)), scene.objects[0]))
+    singles = [s.scene(lambda: random_scene(s.rng, 1)) for _ in range(1 + n // 3)]
+    picture = functools.cache(lambda k: s.picture(render(singles[k])))      # only of those that some composition chooses
     for i in range(n):
-        chosen = s.rng.sample(singles, min(1 + i % 3, len(singles)))
-        text, [scene] = s.draw(lambda: ((made := random_composition(s.rng, [o for _, o in chosen]))[0], [made[1]]))
-        s.add("personalisation", {"original_images": [name for name, _ in chosen], "generated_images": [s.picture(render(scene))],
+        chosen = s.rng.sample(range(len(singles)), min(1 + i % 3, len(singles)))
+        text, [scene] = s.draw(lambda: ((made := random_composition(s.rng, [singles[k].objects[0] for k in chosen]))[0], [made[1]]))
+        s.add("personalisation", {"original_images": [picture(k) for k in chosen], "generated_images": [s.picture(render(scene))],
                                   "edit_prompt": text, "caption": caption(scene)})
 
 

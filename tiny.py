@@ -29,6 +29,7 @@ from teacher import ContrastiveTeacher, ContrastiveTeacherConfig
 from vae import VAE, VAEConfig
 
 VAE_CONFIG = VAEConfig(block_channels=(48, 48), layers_per_block=1, norm_groups=1, mid_attention=False, stem=4)
+VAE_STEPS, TEACHER_STEPS = 5000, 400
 
 
 def train_tokenizer(texts: list[str], path: Path) -> None:
@@ -140,8 +141,8 @@ if __name__ == "__main__":
     target, chance = Path(sys.argv[1]), random.Random(1)
     target.mkdir(parents=True, exist_ok=True)
     train_tokenizer([shapes.caption(shapes.random_scene(chance, 1 + i % 3)) for i in range(5000)], target / "tokenizer.model")
-    train_vae(VAE_CONFIG, 6000, 0, True, target / "vae.safetensors")
-    train_teacher(500, 0, True, target / "tokenizer.model", target / "teacher")
+    train_vae(VAE_CONFIG, VAE_STEPS, 0, True, target / "vae.safetensors")
+    train_teacher(TEACHER_STEPS, 0, True, target / "tokenizer.model", target / "teacher")
     shown = [shapes.random_training_picture(chance) for _ in range(12)]
     model = VAE.from_pretrained(target / "vae.safetensors")
     with torch.no_grad():
