@@ -54,17 +54,20 @@ def flow_sigmas(steps: int, shift: float = 3.0) -> Tensor:
 
 @torch.no_grad()
 def generate(model: MMDiT, noise: Tensor, text: Tensor, empty_text: Tensor, steps: int = 28, guidance: float = 7.0,
-             shift: float = 3.0, references: Sequence[Tensor] = (), progress: bool = False) -> Tensor:
+             shift: float = 3.0, references: Sequence[Tensor] = (), image_guidance: float = 1.0, progress: bool = False) -> Tensor:
     """Integrate dx = v dsigma from noise to latents (Euler), with classifier-free guidance; (B, C, H, W) float32.
 
     noise (B, C, H, W); text (B, L, D) of the prompts and empty_text (B, L, D) or (1, L, D) of the empty prompt, both from T5;
-    guidance g: v = v_empty + g (v_text - v_empty), both in one batch; 1 leaves the empty half out. references: clean latents
-    (B, C, H', W') of source pictures, seen by both halves.
+    references: clean latents (B, C, H', W') of source pictures. With guidance g and image guidance h (InstructPix2Pix,
+    arXiv 2211.09800, equation 3) v = v_alone + h (v_empty - v_alone) + g (v_text - v_empty): v_text sees prompt and references,
+    v_empty the references, in the same batch, and v_alone neither. g = h = 1 is v_text alone, h = 1 leaves v_alone out.
     """
-    x, guided = noise.float(), guidance != 1
+    x, image_guided = noise.float(), bool(references) and image_guidance != 1
+    guided = guidance != 1 or image_guided
     references = [r.to(text.dtype) for r in references]
     if guided:
-        text = torch.cat([empty_text.expand_as(text), text])                                  # (2B, L, D)
+        empty_text = empty_text.expand_as(text)                                               # (B, L, D)
+        text = torch.cat([empty_text, text])                                                  # (2B, L, D)
         references = [torch.cat([r, r]) for r in references]                                  # each (2B, C, H', W')
     sigmas = flow_sigmas(steps, shift).to(x.device)
     for sigma, following in tqdm(list(zip(sigmas[:-1], sigmas[1:])), desc="drawing", unit="step", disable=not progress):
@@ -74,6 +77,9 @@ def generate(model: MMDiT, noise: Tensor, text: Tensor, empty_text: Tensor, step
         if guided:
             v_empty, v_text = v.chunk(2)                                                      # (B, C, H, W) each
             v = v_empty + guidance * (v_text - v_empty)                                       # (B, C, H, W)
+        if image_guided:
+            v_alone = model(x.to(text.dtype), empty_text, timestep[:len(x)], want=("velocity",)).velocity.float()     # (B, C, H, W)
+            v = v + (image_guidance - 1) * (v_empty - v_alone)                                # (B, C, H, W)
         x = x + (following - sigma) * v                                                       # (B, C, H, W)
     return x
 
@@ -142,6 +148,7 @@ class SampleSettings:
     padding_id: int = 1             # </s> for dual checkpoints, 0 for plain SD3
     steps: int = 28                 # Euler steps of a picture
     guidance: float = 7.0
+    image_guidance: float = 1.0
     shift: float = 3.0
     text_steps: int = 64
 
@@ -204,20 +211,21 @@ class Pipeline:
 
     @torch.no_grad()
     def draw(self, prompts: Sequence[str], seed: int = 0, steps: int | None = None, guidance: float | None = None,
-             references: Sequence[Tensor] = (), progress: bool = False) -> Tensor:
+             references: Sequence[Tensor] = (), image_guidance: float | None = None, progress: bool = False) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of the prompts. Picture i depends on its prompt and on seed + i alone."""
         s, side = self.settings, self.settings.image_size // self.vae.downscale
         noise = torch.stack([torch.randn(self.model.config.latent_channels, side, side,
                                          generator=torch.Generator().manual_seed(seed + i)) for i in range(len(prompts))])
         texts = self.encode_text(self.tokenizer([*prompts, ""], length=s.text_length))        # (B + 1, L, D)
         latents = generate(self.model, noise.to(self.device), texts[:-1], texts[-1:], s.steps if steps is None else steps,
-                           s.guidance if guidance is None else guidance, s.shift, references, progress)
+                           s.guidance if guidance is None else guidance, s.shift, references,
+                           s.image_guidance if image_guidance is None else image_guidance, progress)
         return self.vae.decode(latents.to(texts.dtype)).float().clamp(-1, 1)                  # (B, 3, H, W)
 
     def edit(self, prompts: Sequence[str], sources: Sequence[Tensor], seed: int = 0, steps: int | None = None,
-             guidance: float | None = None, progress: bool = False) -> Tensor:
+             guidance: float | None = None, image_guidance: float | None = None, progress: bool = False) -> Tensor:
         """Pictures (B, 3, H, W) as `draw` makes them, from any number of source pictures, each (B, 3, H', W') in [-1, 1]."""
-        return self.draw(prompts, seed, steps, guidance, [self.encode_images(images) for images in sources], progress)
+        return self.draw(prompts, seed, steps, guidance, [self.encode_images(images) for images in sources], image_guidance, progress)
 
     def caption(self, images: Tensor, seed: int = 0, steps: int | None = None, order: str = "confidence",
                 temperature: float = 0.0, progress: bool = False, questions: Sequence[str] | None = None) -> list[str]:
@@ -278,7 +286,8 @@ def _parser() -> argparse.ArgumentParser:
                    "folder that gets numbered files (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same result (default: %(default)s)")
     p.add_argument("--steps", type=int, help="Euler steps of a picture, or steps of filling in a text")
-    p.add_argument("--guidance", type=float, help="weight of the prompt; 1 is none and twice as fast")
+    p.add_argument("--guidance", type=float, help="weight of the prompt; 1 is none and faster")
+    p.add_argument("--image-guidance", type=float, help="weight of the pictures of --image; 1 is none and faster")
     p.add_argument("--order", choices=("confidence", "ancestral"), default="confidence",
                    help="which tokens of a text come first (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=0.0, help="of the text; 0: the most probable (default: %(default)s)")
@@ -377,7 +386,7 @@ def _draw_turns(pipeline: Pipeline, a: argparse.Namespace) -> Tensor:
     sources = [load_image(path, pipeline.settings.image_size)[None] for path in a.image]      # each (1, 3, H, W)
     results = []
     for i, instruction in enumerate(a.edit):
-        sources = [pipeline.edit([instruction], sources, a.seed + i, a.steps, a.guidance, progress=True)]
+        sources = [pipeline.edit([instruction], sources, a.seed + i, a.steps, a.guidance, a.image_guidance, progress=True)]
         results += sources
     return torch.cat(results)
 
@@ -399,7 +408,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     for i, (picture, text, name) in enumerate(zip(pictures, texts, _names(a.out, len(texts)))):
         settings = {"seed": a.seed + i, "steps": a.steps or pipeline.settings.steps, "shift": pipeline.settings.shift,
-                    "guidance": pipeline.settings.guidance if a.guidance is None else a.guidance, "model": str(a.model or a.run)}
+                    "guidance": pipeline.settings.guidance if a.guidance is None else a.guidance}
+        if a.edit:
+            settings["image_guidance"] = pipeline.settings.image_guidance if a.image_guidance is None else a.image_guidance
+        settings["model"] = str(a.model or a.run)
         save_picture(picture, name, prompt=text, settings=settings)
         print(f"{name}\t{text}")
 

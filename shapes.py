@@ -407,17 +407,26 @@ def right_objects(text: str, references: Sequence[Object], found: Scene) -> int:
 # ---------------------------------------------------------------- questions
 
 QUESTIONS = ("count", "what", "exists", "where", "color", "background")
-_ASKED = (3, 2, 4, 1, 3, 0.5)                       # how often in training: what is hard to answer more often
+_ASKED = (3, 2, 3, 2, 3, 0.3)                       # how often in training: what is hard to answer more often
+
+
+def _placed(answer: str, phrase: str, scene: Scene) -> str:
+    """The answer with the places of the objects that it is about: one word alone would hardly teach where to look."""
+    return answer + " and".join(f" at the {PLACES[o.cell]}" for o in scene.objects if fits(o, phrase))
 
 
 def random_question(rng: random.Random, scene: Scene, kind: str) -> tuple[str, str] | None:
-    """A question of one of QUESTIONS and its answer; None if it cannot be asked of the scene. Yes and no are equally frequent."""
+    """A question of one of QUESTIONS and its answer; None if it cannot be asked of the scene. Yes and no are equally frequent.
+
+    "is there a red circle?", "yes at the top left"; "how many squares are there?", "two at the center and at the bottom left".
+    """
     o = rng.choice(scene.objects)
     if kind == "count":
         some = rng.choice([o.color, o.size, rng.choice(list(COLORS)), ""])
         noun = rng.choice(["objects", f"{o.shape}s", f"{rng.choice(SHAPES)}s"])
         phrase = f"{some} {noun}".strip()
-        return f"how many {phrase} are there?", ("zero", *NUMBERS[1:])[sum(fits(p, phrase) for p in scene.objects)]
+        number = ("zero", *NUMBERS[1:])[sum(fits(p, phrase) for p in scene.objects)]
+        return f"how many {phrase} are there?", _placed(number, phrase, scene)
     if kind == "what":
         cell = o.cell if rng.random() < 0.8 else rng.choice([c for c in range(9) if all(p.cell != c for p in scene.objects)])
         there = [p for p in scene.objects if p.cell == cell]
@@ -427,16 +436,16 @@ def random_question(rng: random.Random, scene: Scene, kind: str) -> tuple[str, s
         while True:
             phrase = rng.choice([f"{o.color} {o.shape}", f"{o.size} {o.color} {o.shape}"])
             if yes or not any(fits(p, phrase) for p in scene.objects):
-                return f"is there {_a(phrase)}?", "yes" if yes else "no"
+                return f"is there {_a(phrase)}?", _placed("yes" if yes else "no", phrase, scene)
             o = o._replace(**rng.choice([{"color": rng.choice(list(COLORS))}, {"shape": rng.choice(SHAPES)}]))
     if kind == "background":
         return "what color is the background?", scene.background
-    phrase = f"{o.color} {o.shape}" if kind == "where" else rng.choice([o.shape, f"{o.size} {o.shape}"])
+    phrase = rng.choice([f"{o.color} {o.shape}", f"{o.color} object"] if kind == "where" else [o.shape, f"{o.size} {o.shape}"])
     if sum(fits(p, phrase) for p in scene.objects) > 1:
         return None
     if kind == "where":
         return f"where is the {phrase}?", f"at the {PLACES[o.cell]}"
-    return f"what color is the {phrase}?", o.color
+    return f"what color is the {phrase}?", _placed(o.color, phrase, scene)
 
 
 def question_kind(question: str) -> str:
@@ -551,10 +560,12 @@ def _compositions(s: _Split, n: int, pairs: list) -> None:
 
 
 def _questions(s: _Split, n: int, pairs: list) -> None:
+    """In the test one question a picture, each kind equally often about one, two and three objects; in training two."""
     for i in range(n):
         name, scene = pairs[i % len(pairs)]
         asked: tuple[str, ...] = ()
-        for kind in [QUESTIONS[i % len(QUESTIONS)]] if s.split == "test" else s.rng.choices(QUESTIONS, _ASKED, k=2):
+        turn = (i + i // len(QUESTIONS)) % len(QUESTIONS)
+        for kind in [QUESTIONS[turn]] if s.split == "test" else s.rng.choices(QUESTIONS, _ASKED, k=2):
             while (pair := random_question(s.rng, scene, kind)) is None:
                 kind = s.rng.choice(QUESTIONS)
             asked += (f"<image>\n{pair[0]}" if not asked else pair[0], pair[1])

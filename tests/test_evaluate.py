@@ -249,8 +249,11 @@ def test_compositions():
 
 
 def test_answers():
-    answers = [Output("what color is the background?", (), "gray", "gray"), Output("is there a red circle?", (), "yes", "no")]
-    assert evaluate.score(evaluate.judge_answer, answers) == {"n": 2, "exact": 0.5, "by_kind": {"background": 1, "exists": 0}}
+    answers = [Output("what color is the background?", (), "gray", "gray"), Output("is there a red circle?", (), "no", "yes at the center"),
+               Output("where is the red circle?", (), "at the center", "at the top left"),
+               Output("how many circles are there?", (), "one at the center", "one at the top left")]
+    assert evaluate.score(evaluate.judge_answer, answers) == {
+        "n": 4, "exact": 0.25, "without_places": 0.5, "by_kind": {"background": 1, "count": 0, "exists": 0, "where": 0}}
 
 
 def test_means_are_over_all_values_and_not_over_outputs():

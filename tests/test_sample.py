@@ -108,6 +108,30 @@ def test_references_are_seen_by_both_halves():
     assert torch.equal(model.calls[1][3][0], reference)
 
 
+class Sum(Recorder):
+    """Its velocity is the text's first value, and 10 for each reference that it sees."""
+    def __call__(self, latents, text, timestep, references=(), align_depth=None, want=("velocity", "logits")):
+        found = super().__call__(latents, text, timestep, references, align_depth, want)
+        return found._replace(velocity=found.velocity + 10 * len(references))
+
+
+def test_image_guidance_moves_from_no_references_to_the_references_and_beyond():
+    noise, text, empty = torch.randn(2, 16, 4, 4), torch.full((2, 5, 8), 3.0), torch.full((1, 5, 8), 1.0)
+    references = [torch.randn(2, 16, 4, 4)] * 2
+    for guidance, image_guidance, calls in ((7.0, 1.5, [4, 2]), (1.0, 1.5, [4, 2]), (7.0, 1.0, [4]), (1.0, 1.0, [2])):
+        model = Sum()
+        found = generate(model, noise, text, empty, 3, guidance, references=references, image_guidance=image_guidance)
+        torch.testing.assert_close(found, noise - (1 + image_guidance * 20 + guidance * (3 - 1)), rtol=0, atol=1e-4)
+        assert [len(call[0]) for call in model.calls] == calls * 3
+    alone = Sum()
+    generate(alone, noise, text, empty, 3, 7.0, references=references, image_guidance=1.5)
+    latents, texts, _, seen, want = alone.calls[1]
+    assert not seen and torch.equal(texts, empty.expand(2, 5, 8)) and want == ("velocity",) and torch.equal(latents, alone.calls[0][0][:2])
+    without = Sum()
+    generate(without, noise, text, empty, 3, 7.0, image_guidance=1.5)
+    assert [len(call[0]) for call in without.calls] == [4] * 3                                # nothing to guide to
+
+
 def test_the_state_stays_float32_for_a_bfloat16_model():
     model = Recorder()
     found = generate(model, torch.randn(1, 16, 4, 4), torch.full((1, 5, 8), 1 / 3).bfloat16(), torch.zeros(1, 5, 8).bfloat16(), steps=50)
@@ -256,7 +280,7 @@ def test_impossible_ways_to_write(options):
 
 # ---------------------------------------------------------------- a tiny run and the command line
 
-SETTINGS = {"image_size": 32, "text_length": 48, "padding_id": 1, "steps": 3, "guidance": 2.0, "shift": 3.0, "text_steps": 6}
+SETTINGS = {"image_size": 32, "text_length": 48, "padding_id": 1, "steps": 3, "guidance": 2.0, "image_guidance": 1.5, "shift": 3.0, "text_steps": 6}
 
 
 @pytest.fixture(scope="module")
@@ -480,6 +504,7 @@ def test_edit_draws_with_the_encoded_sources(run, sources):
     assert torch.equal(found, pipeline.draw([PROMPT], 3, 2, 1.5, latents)) and found.shape == (1, 3, 32, 32)
     assert (found - pipeline.edit([PROMPT], sources[:1], seed=3, steps=2, guidance=1.5)).abs().max() > 1e-3
     assert torch.equal(pipeline.edit([PROMPT], [], seed=3), pipeline.draw([PROMPT], seed=3))
+    assert (found - pipeline.edit([PROMPT], sources, seed=3, steps=2, guidance=1.5, image_guidance=1.0)).abs().max() > 1e-3
     both = pipeline.edit([PROMPT, "a small blue square"], [torch.cat(sources)], seed=3)       # a batch: one source each
     torch.testing.assert_close(both[1:], pipeline.edit(["a small blue square"], sources[1:], seed=4), rtol=0, atol=1e-4)
 
@@ -497,7 +522,7 @@ def test_every_turn_edits_the_last_result(run, sources, capsys):
         assert np.abs(pixels(f"deep/x-{i + 1}.png") - to_pictures(sources[0])[0]).max() <= 1
         picture = Image.open(f"deep/x-{i + 1}.png")
         assert picture.text["prompt"] == turn and json.loads(picture.text["settings"]) == {
-            "seed": 5 + i, "steps": 3, "shift": 3.0, "guidance": 2.0, "model": str(run)}
+            "seed": 5 + i, "steps": 3, "shift": 3.0, "guidance": 2.0, "image_guidance": 1.5, "model": str(run)}
 
 
 def test_names_of_edited_pictures(run, sources, inside, capsys):
@@ -622,4 +647,4 @@ def test_parts_of_released_layouts_in_place_of_a_run(run, inside):
 
 
 def test_defaults_are_the_released_models():
-    assert SampleSettings() == SampleSettings(512, 256, 1, 28, 7.0, 3.0, 64)
+    assert SampleSettings() == SampleSettings(512, 256, 1, 28, 7.0, 1.0, 3.0, 64)

@@ -461,20 +461,35 @@ def test_objects_in_a_relation_are_counted(relation, found, number):
 def answer(question, scene):
     """The answer by brute force over the scene, independently of how the question was made."""
     def matching(words):
-        return [o for o in scene.objects if all(word in o[:3] for word in words)]
+        return [o for o in scene.objects if all(word in o[:3] for word in words if word != "object")]
+
+    def told(word, found):
+        return word + " and".join(f" at the {PLACES[o.cell]}" for o in found)
 
     words = question.removesuffix("?").split()
     if m := re.fullmatch(r"how many (.*)s are there\?", question):
-        return ("zero", "one", "two", "three")[len(matching([w for w in m[1].split() if w != "object"]))]
+        found = matching(m[1].split())
+        return told(("zero", "one", "two", "three")[len(found)], found)
     if m := re.fullmatch(r"what is at the (.*)\?", question):
         there = [f"a {o.size} {o.color} {o.shape}" for o in scene.objects if o.cell == PLACES.index(m[1])]
         return there[0] if there else "nothing"
     if m := re.fullmatch(r"is there an? (.*)\?", question):
-        return "yes" if matching(m[1].split()) else "no"
+        found = matching(m[1].split())
+        return told("yes" if found else "no", found)
     if question == "what color is the background?":
         return scene.background
     found, = matching(words[words.index("the") + 1:])                                         # there is just one
-    return {"where is": f"at the {PLACES[found.cell]}", "what color": found.color}[" ".join(words[:2])]
+    return {"where is": f"at the {PLACES[found.cell]}", "what color": told(found.color, [found])}[" ".join(words[:2])]
+
+
+def test_answers_tell_where_what_they_are_about_is():
+    scene = Scene((Object("small", "red", "circle", 1), Object("large", "blue", "square", 3), Object("large", "red", "circle", 8)), "gray")
+    asked = {random_question(random.Random(i), scene, kind) for i in range(500) for kind in ("count", "exists", "where", "color")} - {None}
+    assert asked >= {("how many red objects are there?", "two at the top center and at the bottom right"),
+                     ("how many triangles are there?", "zero"), ("is there a red circle?", "yes at the top center and at the bottom right"),
+                     ("is there a large red circle?", "yes at the bottom right"), ("is there a blue circle?", "no"),
+                     ("where is the blue object?", "at the center left"), ("what color is the square?", "blue at the center left")}
+    assert not any(question.startswith("where is the red") for question, _ in asked)          # which of them?
 
 
 @pytest.mark.parametrize("kind", QUESTIONS)
@@ -489,7 +504,7 @@ def test_answers_are_right_and_spread(kind):
         question, told = pair
         assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", question)
         assert question_kind(question) == kind and answer(question, scene) == told, (question, scene)
-        answers[told] += 1
+        answers[told if kind == "where" else told.split(" at the ")[0]] += 1
         asked.add(question)
     share = {a: n / sum(answers.values()) for a, n in answers.items()}
     assert refused < 400
@@ -509,7 +524,7 @@ def test_yes_and_no_cannot_be_told_from_the_question():
     rng, found = random.Random(51), collections.defaultdict(list)
     for i in range(3000):
         question, told = random_question(rng, random_scene(rng, 1 + i % 3), "exists")
-        found[len(question.split())].append(told == "yes")
+        found[len(question.split())].append(told.startswith("yes"))
     assert len(found) == 2 and all(0.44 < np.mean(told) < 0.56 for told in found.values())
 
 
@@ -642,6 +657,8 @@ def test_question_records(examples):
         asked = [e for e in found if e.task == "questions"]
         assert {question_kind(e.question) for e in asked} == set(QUESTIONS)
         assert all(answer(e.question, read_picture(pixels(e.image))[0]) == e.caption for e in asked)
+        numbers = {(question_kind(e.question), len(read_picture(pixels(e.image))[0].objects)) for e in asked}
+        assert numbers >= set(itertools.product(("count", "what", "exists", "background"), (1, 2, 3)))
 
 
 def test_no_scene_of_the_other_split(examples):
