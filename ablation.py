@@ -34,6 +34,7 @@ ARMS = {                                # what each arm changes; first the paper
     "cross": OFF | {"cross_weight": 0.05},
     "intrinsic": OFF | {"intrinsic_weight": 0.1},
     "both": {"cross_weight": 0.05, "intrinsic_weight": 0.1},
+    "warm": OFF | {"cross_weight": 0.05, "cross_temperature": 0.5},
     "heavy": OFF | {"cross_weight": 0.5},
     "unseen": OFF | {"cross_weight": 0.05, "cross_unseen": True},
     "unseen-heavy": OFF | {"cross_weight": 0.5, "cross_unseen": True},

@@ -91,6 +91,7 @@ class TrainConfig:
     text_weight: float = _field(0.2, "of equation (2) in equation (5)")
     answer_weight: float = _field(0.2, "the same where only an answer counts: one or a few words, but averaged over all positions")
     cross_weight: float = _field(0.05, "of equation (3) in equation (5)")
+    cross_temperature: float = _field(0.07, "of equation (3)")
     cross_unseen: bool = _field(False, "equation (3) between streams that have not seen the other side: two more passes, of the picture "
                                        "with an empty text and of the caption without a picture")
     intrinsic_weight: float = _field(0.1, "of equation (4) in equation (5)")
@@ -294,7 +295,7 @@ class Objective(nn.Module):
                 clean = c.latents.new_zeros(len(c.latents))
                 image_hidden = self.model(c.latents, c.empty, clean, want=("velocity",)).image_hidden
                 text_hidden = self.model(None, c.captions, clean, want=("logits",)).text_hidden
-            found["contrastive"] = contrastive_loss(image_hidden, text_hidden)
+            found["contrastive"] = contrastive_loss(image_hidden, text_hidden, config.cross_temperature)
         if drawn and written and c.features:
             found["intrinsic"] = intrinsic_loss(drawn.image_mid, c.features[0], written.text_mid, c.features[1])
         text_weight = config.text_weight if drawn else config.answer_weight                   # without a prompt it is a question
@@ -717,7 +718,7 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
     for path, group in (("init", "model."), ("vae_path", "vae."), ("t5_path", "text_encoder.")):
         if getattr(config, path) and (given := [v for v in values if v.startswith(group) and not v.startswith("model.align_")]):
             p.error(f"--{given[0]} has no effect beside --{path}: the checkpoint brings its own configuration; remove one of them")
-    positive = ("steps", "batch_size", "accumulation", "log_every", "save_every", "lr", "clip")
+    positive = ("steps", "batch_size", "accumulation", "log_every", "save_every", "lr", "clip", "cross_temperature")
     if wrong := [name for name in positive if not getattr(config, name) > 0]:
         p.error(f"--{wrong[0]} must be positive")
     try:

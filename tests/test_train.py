@@ -1,5 +1,6 @@
 """The training loop: exact resume, ranks, signals, safe files, the command line, and a miniature of the main job."""
 import json
+import math
 import os
 import signal
 import subprocess
@@ -249,6 +250,14 @@ def test_source_pictures_are_seen_by_the_image_branch_alone():
     torch.testing.assert_close(with_sources["masked_token"], others["masked_token"], rtol=0, atol=0)
     alone = objective(c._replace(references=()))
     torch.testing.assert_close(with_sources["masked_token"], alone["masked_token"])
+
+
+def test_temperature_of_the_contrast():
+    """Warm enough, all pairs look alike: the loss of guessing one of four."""
+    c, model = corrupted(CONFIG)
+    found = [train.Objective(model, replace(CONFIG, cross_temperature=t))(c)["contrastive"] for t in (0.07, 0.5, 1e4)]
+    torch.testing.assert_close(found[0], train.Objective(model, CONFIG)(c)["contrastive"])
+    assert (found[0] - found[1]).abs() > 1e-3 and abs(found[2] - math.log(4)) < 1e-3
 
 
 def test_contrast_of_streams_that_have_not_seen_each_other():
