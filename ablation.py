@@ -159,7 +159,8 @@ def tables(results: list[dict], arms: Sequence[str]) -> str:
 
 def curves_svg(results: list[dict], arms: Sequence[str], width: int = 330, height: int = 240) -> str:
     """Every figure over minutes (logarithmic), mean and range of the seeds, side by side."""
-    colors = ("#777777", "#d08020", "#2060c0", "#208040", "#a03080", "#20a0a0", "#902020", "#606020", "#4040a0", "#a0a020")
+    colors = ("#777777", "#d08020", "#2060c0", "#208040", "#a03080", "#20a0a0", "#902020", "#606020", "#4040a0", "#a0a020",
+              "#000000")                            # one for each of ARMS
     low, high = (np.log2(f(r["minutes"] for r in results)) for f in (min, max))
     parts = []
     for k, figure in enumerate(FIGURES):
@@ -182,7 +183,7 @@ def curves_svg(results: list[dict], arms: Sequence[str], width: int = 330, heigh
                 parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y0:.1f}" y2="{y1:.1f}" stroke="{color}"/>')
             parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{color}" stroke-width="1.6"/>')
     for i, (arm, color) in enumerate(zip(arms, colors)):
-        parts.append(f'<text x="{40 + i * 110}" y="{height - 8}" fill="{color}" font-size="13">{arm}</text>')
+        parts.append(f'<text x="{40 + i * min(110, (len(FIGURES) * width - 40) // len(arms))}" y="{height - 8}" fill="{color}" font-size="13">{arm}</text>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{len(FIGURES) * width}" height="{height}" font-family="sans-serif" '
             f'font-size="11"><rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n')
 

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ import sys
 import time
 import typing
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -114,7 +116,7 @@ _TINY = TrainConfig(                 # both vocabulary sizes become those of the
     vae=tiny.VAE_CONFIG,
     text_encoder=T5Config(dim=128, head_dim=32, ff_dim=256, depth=2, num_heads=4),
     sampling=SampleSettings(image_size=64, text_length=32, steps=20, guidance=2.0, image_guidance=1.5, shift=1.0, text_steps=16),
-    train_scenes=30_000, test_scenes=510, vae_steps=tiny.VAE_STEPS, teacher_steps=tiny.TEACHER_STEPS, steps=23_000, batch_size=16,
+    train_scenes=30_000, test_scenes=510, vae_steps=tiny.VAE_STEPS, teacher_steps=tiny.TEACHER_STEPS, steps=24_000, batch_size=16,
     accumulation=1, answer_weight=1.0, lr=5e-3, muon_lr=0.025, beta2=0.95, weight_decay=0.0, warmup=100, decay=True, clip=1.0,
     ema=0.998, align_depth=2, sigma_mean=0.7, cache_latents=True, workers=0, log_every=50, save_every=1000)
 
@@ -382,28 +384,46 @@ def timed(run: Path, phase: str):
     write_atomically(file, lambda f: f.write_text(json.dumps(seconds)))
 
 
-def prepare(config: TrainConfig, run: Path) -> None:
-    """Make whatever the configuration gives no path for; what an interrupted run has already made is kept."""
+def missing_parts(config: TrainConfig, run: Path) -> list[str]:
+    """What the configuration gives no path for and no earlier start of the run has made."""
     parts = parts_of(config, run)
-    if not config.data and not parts.test.exists():
+    missing = {"world": not config.data and not parts.test.exists(),
+               "tokenizer": not config.tokenizer_path and not parts.tokenizer.exists(),
+               "text encoder": not config.t5_path and not parts.text_encoder.exists(),
+               "vae": not config.vae_path and not parts.vae.exists(),
+               "teacher": config.intrinsic_weight and not config.teacher_path and not (parts.teacher / "model.safetensors").exists()}
+    return [name for name, absent in missing.items() if absent]
+
+
+def prepare(config: TrainConfig, run: Path) -> None:
+    """Make the missing parts."""
+    parts, missing = parts_of(config, run), missing_parts(config, run)
+    if "world" in missing:
         with timed(run, "world"):
             shapes.make_world(run / "data", config.train_scenes, config.test_scenes, config.seed)
-    if not config.tokenizer_path and not parts.tokenizer.exists():
+    if "tokenizer" in missing:
         with timed(run, "tokenizer"):
             examples = [e for path in parts.data for e in read_jsonl(path)]
             texts = dict.fromkeys(text for e in examples for text in (e.prompt, e.question, e.caption) if text)
             tiny.train_tokenizer(list(texts), parts.tokenizer)
     tokenizer = T5Tokenizer(parts.tokenizer)
-    if not config.t5_path and not parts.text_encoder.exists():
+    if "text encoder" in missing:
         torch.manual_seed(config.seed)
         t5_config = replace(config.text_encoder, vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id)
         save(parts.text_encoder, T5Encoder(t5_config).state_dict(), t5_config)
-    if not config.vae_path and not parts.vae.exists():
+    if "vae" in missing:
         with timed(run, "vae"):
             tiny.train_vae(config.vae, config.vae_steps, config.seed, config.autocast, parts.vae)
-    if config.intrinsic_weight and not config.teacher_path and not (parts.teacher / "model.safetensors").exists():
+    if "teacher" in missing:
         with timed(run, "teacher"):
             tiny.train_teacher(config.teacher_steps, config.seed, config.autocast, parts.tokenizer, parts.teacher)
+
+
+def prepare_apart(config: TrainConfig, run: Path) -> None:
+    """`prepare` in a process of its own: one that has trained the parts trains the model a third slower, and keeps 2 GB more."""
+    if missing_parts(config, run):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            pool.submit(prepare, config, run).result()
 
 
 @torch.no_grad()
@@ -780,7 +800,7 @@ def main(argv: list[str] | None = None) -> None:
         mean_over_ranks(torch.zeros(1, device=ranks.device), ranks)     # no rank is still reading its arguments
         if ranks.first:
             write_config(config, run)
-            prepare(config, run)
+            prepare_apart(config, run)
         if ranks.world > 1:
             dist.barrier()
         parts = parts_of(config, run)

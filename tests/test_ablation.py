@@ -90,6 +90,8 @@ def test_tables_and_curves():
     assert "Held-out scenes: 9. Seeds: neither 2, both 2." in text and "cross" not in text
     svg = ablation.curves_svg(results(), ["neither", "both"])
     assert svg.count("<polyline") == 2 * len(ablation.FIGURES) and "both" in svg and svg.startswith("<svg xmlns")
+    every = [{**r, "arm": arm} for arm in ablation.ARMS for r in results() if r["arm"] == "both"]
+    assert ablation.curves_svg(every, list(ablation.ARMS)).count("<polyline") == len(ablation.ARMS) * len(ablation.FIGURES)
 
 
 def test_other_settings_need_another_folder(tmp_path, capsys):
