@@ -88,7 +88,8 @@ def run_one(task: tuple[str, int, Path, TrainConfig, int, int]) -> bool:
 def run_all(tasks: list, jobs: int) -> bool:
     """`run_one` of every task, `jobs` at a time; False if a signal stopped them, after each has saved where it was."""
     waiting, running, complete = list(tasks), set(), True
-    with (ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool, caught_signals() as signals,
+    fresh = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}     # no run is timed in another's leftovers
+    with (ProcessPoolExecutor(jobs, **fresh) as pool, caught_signals() as signals,
           tqdm(total=len(tasks), desc="runs", unit="run") as bar):
         while waiting or running:
             while waiting and len(running) < jobs:              # not all at once: what is submitted cannot be taken back

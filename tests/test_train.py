@@ -111,6 +111,30 @@ def test_another_number_of_ranks_is_refused(finished, tmp_path):
         train.load_optimizers(optimizers, finished / "checkpoint-00000006", world=2)
 
 
+def test_missing_parts_are_made_in_another_process(tmp_path, monkeypatch):
+    """Only those that are missing; its errors arrive here."""
+    run = tmp_path / "run"
+    config = train.parse_arguments([*QUICK, "--out", str(run)])
+    assert train.missing_parts(config, run) == ["world", "tokenizer", "text encoder", "vae", "teacher"]
+    monkeypatch.setattr(train.tiny, "train_vae", None)                                        # of this process
+    train.prepare_apart(config, run)
+    made = {path: path.read_bytes() for path in run.rglob("*") if path.suffix in (".safetensors", ".jsonl")}
+    assert train.missing_parts(config, run) == [] and len(made) == 5
+    (run / "tokenizer.model").unlink()
+    assert train.missing_parts(config, run) == ["tokenizer"]
+    train.prepare_apart(config, run)
+    assert train.missing_parts(config, run) == [] and all(path.read_bytes() == content for path, content in made.items())
+    (run / "tokenizer.model").unlink()
+    (run / "data" / "train.jsonl").write_text("{\n")
+    with pytest.raises(ValueError, match="train.jsonl"):
+        train.prepare_apart(config, run)
+    given = train.parse_arguments([*LOOP, *parts_of(tmp_path / "run"), "--tokenizer_path", str(run / "vae.safetensors"),
+                                   "--data", str(run / "data"), "--out", str(tmp_path / "other")])
+    monkeypatch.setattr(train, "ProcessPoolExecutor", None)
+    assert train.missing_parts(given, tmp_path / "other") == []
+    train.prepare_apart(given, tmp_path / "other")
+
+
 def test_parts_from_elsewhere(finished, tmp_path):
     """A run whose frozen parts lie in other folders is trained, scored and sampled like any other."""
     run = tmp_path / "run"
