@@ -364,7 +364,7 @@ def test_teacher_features_are_computed_once(finished, monkeypatch):
     torch.testing.assert_close(found[0], expected[100].float(), rtol=1e-2, atol=1e-2)
     monkeypatch.setattr(train, "load_teacher", None)            # a second run reads the cache
     image, text = train.teacher_features(chosen, finished / "teacher", data, 64, 128, torch.device("cpu"))
-    assert torch.equal(image.float(), expected.float()) and text.shape == (168, 128)
+    assert torch.equal(image.float(), expected.float()) and text.shape == (216, 128)
     with pytest.raises(ValueError, match="width 128"):
         train.teacher_features(chosen, finished / "teacher", data, 64, 99, torch.device("cpu"))
     with pytest.raises(TypeError):                              # other captions are not taken from it
