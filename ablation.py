@@ -88,9 +88,9 @@ def run_one(task: tuple[str, int, Path, TrainConfig, int, int]) -> bool:
 def run_all(tasks: list, jobs: int) -> bool:
     """`run_one` of every task, `jobs` at a time; False if a signal stopped them, after each has saved where it was."""
     waiting, running, complete = list(tasks), set(), True
-    fresh = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}     # no run is timed in another's leftovers
-    with (ProcessPoolExecutor(jobs, **fresh) as pool, caught_signals() as signals,
-          tqdm(total=len(tasks), desc="runs", unit="run") as bar):
+    spawn = multiprocessing.get_context("spawn")
+    with (ProcessPoolExecutor(jobs, spawn, max_tasks_per_child=1) as pool,      # no run is timed in another's leftovers
+          caught_signals() as signals, tqdm(total=len(tasks), desc="runs", unit="run") as bar):
         while waiting or running:
             while waiting and len(running) < jobs:              # not all at once: what is submitted cannot be taken back
                 running.add(pool.submit(run_one, waiting.pop(0)))
@@ -183,8 +183,9 @@ def curves_svg(results: list[dict], arms: Sequence[str], width: int = 330, heigh
                 points.append(f"{x:.1f},{y:.1f}")
                 parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y0:.1f}" y2="{y1:.1f}" stroke="{color}"/>')
             parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{color}" stroke-width="1.6"/>')
+    spacing = min(110, (len(FIGURES) * width - 40) // len(arms))
     for i, (arm, color) in enumerate(zip(arms, colors)):
-        parts.append(f'<text x="{40 + i * min(110, (len(FIGURES) * width - 40) // len(arms))}" y="{height - 8}" fill="{color}" font-size="13">{arm}</text>')
+        parts.append(f'<text x="{40 + i * spacing}" y="{height - 8}" fill="{color}" font-size="13">{arm}</text>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{len(FIGURES) * width}" height="{height}" font-family="sans-serif" '
             f'font-size="11"><rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n')
 

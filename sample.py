@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -211,21 +211,20 @@ class Pipeline:
 
     @torch.no_grad()
     def draw(self, prompts: Sequence[str], seed: int = 0, steps: int | None = None, guidance: float | None = None,
-             references: Sequence[Tensor] = (), image_guidance: float | None = None, progress: bool = False) -> Tensor:
+             references: Sequence[Tensor] = (), progress: bool = False) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of the prompts. Picture i depends on its prompt and on seed + i alone."""
         s, side = self.settings, self.settings.image_size // self.vae.downscale
         noise = torch.stack([torch.randn(self.model.config.latent_channels, side, side,
                                          generator=torch.Generator().manual_seed(seed + i)) for i in range(len(prompts))])
         texts = self.encode_text(self.tokenizer([*prompts, ""], length=s.text_length))        # (B + 1, L, D)
         latents = generate(self.model, noise.to(self.device), texts[:-1], texts[-1:], s.steps if steps is None else steps,
-                           s.guidance if guidance is None else guidance, s.shift, references,
-                           s.image_guidance if image_guidance is None else image_guidance, progress)
+                           s.guidance if guidance is None else guidance, s.shift, references, s.image_guidance, progress)
         return self.vae.decode(latents.to(texts.dtype)).float().clamp(-1, 1)                  # (B, 3, H, W)
 
     def edit(self, prompts: Sequence[str], sources: Sequence[Tensor], seed: int = 0, steps: int | None = None,
-             guidance: float | None = None, image_guidance: float | None = None, progress: bool = False) -> Tensor:
+             guidance: float | None = None, progress: bool = False) -> Tensor:
         """Pictures (B, 3, H, W) as `draw` makes them, from any number of source pictures, each (B, 3, H', W') in [-1, 1]."""
-        return self.draw(prompts, seed, steps, guidance, [self.encode_images(images) for images in sources], image_guidance, progress)
+        return self.draw(prompts, seed, steps, guidance, [self.encode_images(images) for images in sources], progress)
 
     def caption(self, images: Tensor, seed: int = 0, steps: int | None = None, order: str = "confidence",
                 temperature: float = 0.0, progress: bool = False, questions: Sequence[str] | None = None) -> list[str]:
@@ -360,11 +359,16 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _load(a: argparse.Namespace) -> Pipeline:
+    """The models of --run or --model, with the settings that the command line changes."""
     dtype = getattr(torch, a.dtype or ("float32" if a.device == "cpu" else "bfloat16"))
-    if not a.model:
-        return Pipeline.from_run(a.run, dtype, a.device)
-    settings = SampleSettings(image_size=a.image_size, padding_id=a.padding_id)
-    return Pipeline.from_parts(a.model, a.vae or a.model, a.t5 or a.model, a.tokenizer, a.mask_token, settings, dtype, a.device)
+    if a.model:
+        settings = SampleSettings(image_size=a.image_size, padding_id=a.padding_id)
+        pipeline = Pipeline.from_parts(a.model, a.vae or a.model, a.t5 or a.model, a.tokenizer, a.mask_token, settings, dtype, a.device)
+    else:
+        pipeline = Pipeline.from_run(a.run, dtype, a.device)
+    given = {name: getattr(a, name) for name in ("guidance", "image_guidance") if getattr(a, name) is not None}
+    pipeline.settings = replace(pipeline.settings, **given)
+    return pipeline
 
 
 def _write(pipeline: Pipeline, a: argparse.Namespace) -> list[str]:
@@ -377,7 +381,7 @@ def _write(pipeline: Pipeline, a: argparse.Namespace) -> list[str]:
 
 def _draw_prompts(pipeline: Pipeline, a: argparse.Namespace) -> Tensor:
     """A picture of each prompt, (B, 3, H, W), sixteen at a time so that any number fits into memory."""
-    return torch.cat([pipeline.draw(a.prompt[i:i + 16], a.seed + i, a.steps, a.guidance, progress=True)
+    return torch.cat([pipeline.draw(a.prompt[i:i + 16], a.seed + i, a.steps, progress=True)
                       for i in range(0, len(a.prompt), 16)])
 
 
@@ -386,7 +390,7 @@ def _draw_turns(pipeline: Pipeline, a: argparse.Namespace) -> Tensor:
     sources = [load_image(path, pipeline.settings.image_size)[None] for path in a.image]      # each (1, 3, H, W)
     results = []
     for i, instruction in enumerate(a.edit):
-        sources = [pipeline.edit([instruction], sources, a.seed + i, a.steps, a.guidance, a.image_guidance, progress=True)]
+        sources = [pipeline.edit([instruction], sources, a.seed + i, a.steps, progress=True)]
         results += sources
     return torch.cat(results)
 
@@ -408,9 +412,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     for i, (picture, text, name) in enumerate(zip(pictures, texts, _names(a.out, len(texts)))):
         settings = {"seed": a.seed + i, "steps": a.steps or pipeline.settings.steps, "shift": pipeline.settings.shift,
-                    "guidance": pipeline.settings.guidance if a.guidance is None else a.guidance}
+                    "guidance": pipeline.settings.guidance}
         if a.edit:
-            settings["image_guidance"] = pipeline.settings.image_guidance if a.image_guidance is None else a.image_guidance
+            settings["image_guidance"] = pipeline.settings.image_guidance
         settings["model"] = str(a.model or a.run)
         save_picture(picture, name, prompt=text, settings=settings)
         print(f"{name}\t{text}")
