@@ -582,7 +582,7 @@ def random_training_picture(rng: random.Random) -> np.ndarray:
 
 
 # records of each kind for every full caption: in training, in the test
-_SHARES = {_partial_prompts: (0.8, 0.6), _edits: (0.9, 0.6), functools.partial(_maps, task="edges"): (0.3, 0.6),
+_SHARES = {_partial_prompts: (0.4, 0.6), _edits: (0.9, 0.6), functools.partial(_maps, task="edges"): (0.3, 0.6),
            functools.partial(_maps, task="depth"): (0.15, 0.6), functools.partial(_maps, task="pose"): (0.15, 0.6),
            _compositions: (0.3, 0.6), _questions: (1.0, 1.0)}
 

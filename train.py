@@ -42,6 +42,7 @@ from data import Batch, BatchOrder, Example, Tasks, load_image, parse_weights, r
 from evaluate import evaluate_run, print_scores
 from losses import contrastive_loss, flow_matching_loss, intrinsic_loss, masked_token_loss, total_loss
 from model import MMDiT, MMDiTConfig, Output
+from muon import Muon
 from sample import SampleSettings, averaged_weights
 from teacher import load_teacher
 from text_encoder import T5Config, T5Encoder, T5Tokenizer
@@ -110,15 +111,15 @@ class TrainConfig:
 
 _TINY = TrainConfig(                 # both vocabulary sizes become those of the tokenizer that the run trains
     out="runs/tiny",
-    weights="text_to_image=6.5,edits=8,edges=2.2,depth=0.3,pose=0.8,personalisation=3,questions=4", captioned="text_to_image",
+    weights="text_to_image=6.5,edits=8.5,edges=2.2,depth=0.3,pose=0.8,personalisation=3,questions=4", captioned="text_to_image",
     model=MMDiTConfig(width=128, depth=4, num_heads=4, text_dim=128, position_table=8, qk_norm=True, text_positions=32,
                       number_references=True, align_dims=(256, 128), align_silu=False),
     vae=tiny.VAE_CONFIG,
     text_encoder=T5Config(dim=128, head_dim=32, ff_dim=256, depth=2, num_heads=4),
     sampling=SampleSettings(image_size=64, text_length=32, steps=20, guidance=2.0, image_guidance=1.5, shift=1.0, text_steps=16),
-    train_scenes=30_000, test_scenes=510, vae_steps=tiny.VAE_STEPS, teacher_steps=tiny.TEACHER_STEPS, steps=24_000, batch_size=16,
-    accumulation=1, answer_weight=1.0, lr=5e-3, muon_lr=0.025, beta2=0.95, weight_decay=0.0, warmup=100, decay=True, clip=1.0,
-    ema=0.998, align_depth=2, sigma_mean=0.7, cache_latents=True, workers=0, log_every=50, save_every=1000)
+    train_scenes=30_000, test_scenes=510, vae_steps=tiny.VAE_STEPS, teacher_steps=tiny.TEACHER_STEPS, steps=27_000, batch_size=16,
+    accumulation=1, text_weight=0.5, answer_weight=1.0, lr=5e-3, muon_lr=0.025, beta2=0.95, weight_decay=0.0, warmup=100, decay=True, clip=1.0,
+    ema=0.998, align_depth=2, sigma_mean=1.4, cache_latents=True, workers=0, log_every=50, save_every=1000)
 
 PRESETS = {
     "tiny": _TINY,
@@ -178,14 +179,14 @@ def learning_rate_scale(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, and with muon_lr Muon for the 2-D weights of the blocks (momentum made orthogonal, arXiv 2502.16982)."""
+    """AdamW, and with muon_lr Muon for the 2-D weights of the blocks (momentum made orthogonal)."""
     matrices = [p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2 and "modulation" not in n]
     matrices = matrices if config.muon_lr else []
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     optimizers = [torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.0, momentum=0.95, nesterov=True))
+        optimizers.append(Muon(matrices, config.muon_lr))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]

@@ -563,7 +563,7 @@ def is_pair(example):
 
 def test_numbers_of_records(world):
     """As the shares say; partial prompts count as text to image, a training record has two questions."""
-    expected = {"train": {"text_to_image": 240 + 192, "edits": 216, "edges": 72, "depth": 36, "pose": 36,
+    expected = {"train": {"text_to_image": 240 + 96, "edits": 216, "edges": 72, "depth": 36, "pose": 36,
                           "personalisation": 72, "questions": 240},
                 "test": {"text_to_image": 30 + 18, "edits": 18, "edges": 18, "depth": 18, "pose": 18,
                          "personalisation": 18, "questions": 30}}

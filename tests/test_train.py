@@ -359,12 +359,12 @@ def test_teacher_features_are_computed_once(finished, monkeypatch):
     chosen = [dataset.examples[i] for i in dataset.aligned]
     [cache] = data.glob("teacher-*.safetensors")
     expected = Checkpoint(cache).read("image")
-    assert len(expected) == len(chosen) == 216 and all(e.task == "text_to_image" for e in chosen)
+    assert len(expected) == len(chosen) == 168 and all(e.task == "text_to_image" for e in chosen)
     found = load_teacher(finished / "teacher").image_features([Image.open(chosen[100].image)])
     torch.testing.assert_close(found[0], expected[100].float(), rtol=1e-2, atol=1e-2)
     monkeypatch.setattr(train, "load_teacher", None)            # a second run reads the cache
     image, text = train.teacher_features(chosen, finished / "teacher", data, 64, 128, torch.device("cpu"))
-    assert torch.equal(image.float(), expected.float()) and text.shape == (216, 128)
+    assert torch.equal(image.float(), expected.float()) and text.shape == (168, 128)
     with pytest.raises(ValueError, match="width 128"):
         train.teacher_features(chosen, finished / "teacher", data, 64, 99, torch.device("cpu"))
     with pytest.raises(TypeError):                              # other captions are not taken from it

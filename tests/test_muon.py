@@ -1,0 +1,62 @@
+"""muon.py against torch.optim.Muon."""
+import pytest
+import torch
+
+from muon import Muon, orthogonalise
+
+SHAPES = [(24, 8), (8, 8), (8, 32), (24, 8), (32, 8), (8, 32)]
+
+
+def parameters(seed: int) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+def test_steps_are_those_of_torch():
+    own, theirs = parameters(0), parameters(0)
+    optimizers = Muon(own, lr=0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0, momentum=0.95, nesterov=True)
+    for step in range(5):
+        gradients = [p.detach() for p in parameters(step + 1)]
+        for group, optimizer in zip((own, theirs), optimizers):
+            for p, gradient in zip(group, gradients):
+                p.grad = gradient.clone()
+            optimizer.step()
+    for a, b, start in zip(own, theirs, parameters(0)):
+        assert (b - start).abs().max() > 0.1
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-3)         # bfloat16 products, summed in another order
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 64), (2, 64, 16), (1, 20, 20)])
+def test_singular_values_come_near_one_and_vectors_stay(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = orthogonalise(x).float()
+    assert found.shape == shape
+    values = torch.linalg.svdvals(found)
+    assert 0.6 < values.min() and values.max() < 1.3
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    rotated = u.mT @ found @ v.mT                                   # (n, k, k) diagonal if the vectors are the same
+    assert (rotated - torch.diag_embed(rotated.diagonal(dim1=1, dim2=2))).abs().max() < 0.05
+
+
+def test_parameters_without_a_gradient_stay():
+    a, b = parameters(0)[:2]
+    a.grad, before = torch.ones_like(a), b.detach().clone()
+    Muon([a, b], lr=0.1).step()
+    assert torch.equal(b, before)
+
+
+def test_state_continues():
+    one, other = parameters(0), parameters(0)
+    first, second = Muon(one, lr=0.1), Muon(other, lr=0.1)
+    for p, q, gradient in zip(one, other, parameters(1)):
+        p.grad, q.grad = gradient.detach().clone(), gradient.detach().clone()
+    first.step(), second.step()
+    third = Muon(other, lr=0.1)
+    third.load_state_dict(second.state_dict())
+    first.step(), third.step()
+    assert all(torch.equal(p, q) for p, q in zip(one, other))
+
+
+def test_other_than_matrices_is_an_error():
+    with pytest.raises(ValueError, match=r"\(3,\)"):
+        Muon([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
