@@ -267,9 +267,12 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config = model, config
 
-    def branches(self, c: Corrupted) -> tuple[Output | None, Output | None]:
-        """The outputs of the image branch and of the text branch: of one pass, unless source pictures make the former longer."""
-        b, clean = len(c.latents), c.latents.new_zeros(len(c.latents))
+    def branches(self, c: Corrupted, clean: Tensor) -> tuple[Output | None, Output | None]:
+        """The outputs of the image branch and of the text branch: of one pass, unless source pictures make the former longer.
+
+        clean (B,) is the timestep of a picture without noise.
+        """
+        b = len(c.latents)
         depth = self.config.align_depth if c.features else None
         if c.noise is not None:
             noisy = torch.lerp(c.latents, c.noise, c.sigma.view(-1, 1, 1, 1))                 # (B, C, H, W) (1 - sigma) x + sigma e
@@ -286,8 +289,8 @@ class Objective(nn.Module):
 
     def forward(self, c: Corrupted) -> dict[str, Tensor]:
         """The losses by name, `loss` being their sum of equation (5)."""
-        drawn, written = self.branches(c)
-        config, found = self.config, {}
+        clean, config, found = c.latents.new_zeros(len(c.latents)), self.config, {}
+        drawn, written = self.branches(c, clean)
         if drawn:
             found["flow_matching"] = flow_matching_loss(drawn.velocity, c.noise, c.latents, c.sigma if config.released_loss else None)
         if written:
@@ -295,7 +298,6 @@ class Objective(nn.Module):
         if drawn and written and config.cross_weight:
             image_hidden, text_hidden = drawn.image_hidden, written.text_hidden               # (B, N, D), (B, L, D)
             if config.cross_unseen:
-                clean = c.latents.new_zeros(len(c.latents))
                 image_hidden = self.model(c.latents, c.empty, clean, want=("velocity",)).image_hidden
                 text_hidden = self.model(None, c.captions, clean, want=("logits",)).text_hidden
             found["contrastive"] = contrastive_loss(image_hidden, text_hidden, config.cross_temperature)
@@ -442,20 +444,21 @@ def teacher_features(examples: list[Example], teacher_path: Path, folder: Path, 
     The name of the cache tells the teacher, pictures and captions that it was made of. Raises ValueError for a teacher of
     another width.
     """
+    def check(found: int, path: Path) -> None:
+        if found != width:
+            raise ValueError(f"{path}: features of width {found}, the model's alignment heads have {width}; change "
+                             "--model.align_dims, or --intrinsic_weight 0")
+
     files = [*teacher_path.glob("*"), *(e.image for e in examples)]
     states = [(file.name, file.stat()) for file in files]
     made_of = [f"{name} {state.st_size} {state.st_mtime_ns}" for name, state in states] + [e.caption for e in examples]
     cache = folder / f"teacher-{zlib.crc32(repr((image_size, made_of)).encode()):08x}.safetensors"
     if cache.exists():
         file = Checkpoint(cache)
-        if file.shape("image")[1] != width:
-            raise ValueError(f"{cache}: features of width {file.shape('image')[1]}, the model's alignment heads have {width}; "
-                             "change --model.align_dims, or --intrinsic_weight 0")
+        check(file.shape("image")[1], cache)
         return file.read("image", torch.float16), file.read("text", torch.float16)
     teacher, images, texts = load_teacher(teacher_path, torch.bfloat16 if device.type == "cuda" else torch.float32, device), [], []
-    if teacher.out_dim != width:
-        raise ValueError(f"{teacher_path}: features of width {teacher.out_dim}, the model's alignment heads have {width}; "
-                         "change --model.align_dims, or --intrinsic_weight 0")
+    check(teacher.out_dim, teacher_path)
     for i in tqdm(range(0, len(examples), 64), desc="teacher", unit="batch", leave=False):
         chunk = examples[i:i + 64]
         pictures = to_pictures(torch.stack([load_image(e.image, image_size) for e in chunk]))                # (b, H, W, 3)
