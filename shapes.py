@@ -306,6 +306,7 @@ def random_prompt(rng: random.Random, category: str) -> tuple[str, Scene]:
 # ---------------------------------------------------------------- edits
 
 EDITS = ("recolor", "resize", "move", "remove", "add", "reshape", "background")
+_EDITED = (3, 3, 3, 1.5, 1.5, 3, 0.5)               # how often in training: what is hard to do more often
 
 
 def _with(scene: Scene, old: Object | None, new: Object | None) -> Scene:
@@ -407,7 +408,7 @@ def right_objects(text: str, references: Sequence[Object], found: Scene) -> int:
 # ---------------------------------------------------------------- questions
 
 QUESTIONS = ("count", "what", "exists", "where", "color", "background")
-_ASKED = (3, 2, 3, 2, 3, 0.3)                       # how often in training: what is hard to answer more often
+_ASKED = (4, 1.5, 4, 1.5, 3, 0.3)                   # how often in training: what is hard to answer more often
 
 
 def _placed(answer: str, phrase: str, scene: Scene) -> str:
@@ -522,9 +523,12 @@ def _partial_prompts(s: _Split, n: int, pairs: list) -> None:
 
 
 def _edits(s: _Split, n: int, pairs: list) -> None:
-    """Half of them one edit, of each kind equally often, the others two or three."""
+    """In the test half of them one edit, of each kind equally often, the others two or three; in training two thirds one edit."""
     for i in range(n):
-        count, kinds = (1, 2, 1, 3)[i % 4], itertools.chain([EDITS[i // 2 % len(EDITS)]] * 200, itertools.repeat("background"))
+        count, kind = (1, 2, 1, 3)[i % 4], EDITS[i // 2 % len(EDITS)]
+        if s.split == "train":
+            count, kind = (1, 2, 1, 1, 3, 1)[i % 6], s.rng.choices(EDITS, _EDITED)[0]
+        kinds = itertools.chain([kind] * 200, itertools.repeat("background"))
 
         def make() -> tuple:
             while True:

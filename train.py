@@ -111,7 +111,7 @@ class TrainConfig:
 
 _TINY = TrainConfig(                 # both vocabulary sizes become those of the tokenizer that the run trains
     out="runs/tiny",
-    weights="text_to_image=6.5,edits=8.5,edges=2.2,depth=0.3,pose=0.8,personalisation=3,questions=4", captioned="text_to_image",
+    weights="text_to_image=5.5,edits=10,edges=1.8,depth=0.3,pose=0.6,personalisation=3.5,questions=4.5", captioned="text_to_image",
     model=MMDiTConfig(width=128, depth=4, num_heads=4, text_dim=128, position_table=8, qk_norm=True, text_positions=32,
                       number_references=True, align_dims=(256, 128), align_silu=False),
     vae=tiny.VAE_CONFIG,
