@@ -118,8 +118,8 @@ _TINY = TrainConfig(                 # both vocabulary sizes become those of the
     text_encoder=T5Config(dim=128, head_dim=32, ff_dim=256, depth=2, num_heads=4),
     sampling=SampleSettings(image_size=64, text_length=32, steps=20, guidance=2.0, image_guidance=1.5, shift=1.0, text_steps=16),
     train_scenes=30_000, test_scenes=510, vae_steps=tiny.VAE_STEPS, teacher_steps=tiny.TEACHER_STEPS, steps=27_000, batch_size=16,
-    accumulation=1, text_weight=0.5, answer_weight=1.0, lr=5e-3, muon_lr=0.025, beta2=0.95, weight_decay=0.0, warmup=100, decay=True, clip=1.0,
-    ema=0.998, align_depth=2, sigma_mean=1.4, cache_latents=True, workers=0, log_every=50, save_every=1000)
+    accumulation=1, text_weight=0.5, answer_weight=1.0, lr=5e-3, muon_lr=0.025, beta2=0.95, weight_decay=0.0, warmup=100, decay=True,
+    clip=1.0, ema=0.998, align_depth=2, sigma_mean=1.4, cache_latents=True, workers=0, log_every=50, save_every=1000)
 
 PRESETS = {
     "tiny": _TINY,
@@ -230,6 +230,11 @@ class Corrupted(typing.NamedTuple):
     captions: Tensor | None         # (B, L, D) from T5, nothing hidden; for the contrast of streams that have not seen each other
     empty: Tensor | None            # (B, L, D) from T5
 
+    @property
+    def clean(self) -> Tensor:
+        """The timestep (B,) of a picture without noise."""
+        return self.latents.new_zeros(len(self.latents))
+
 
 @torch.no_grad()
 def corrupt(batch: Batch, latents: Tensor, text_encoder: T5Encoder, mask_id: int, empty: Tensor, generator: torch.Generator,
@@ -267,30 +272,27 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config = model, config
 
-    def branches(self, c: Corrupted, clean: Tensor) -> tuple[Output | None, Output | None]:
-        """The outputs of the image branch and of the text branch: of one pass, unless source pictures make the former longer.
-
-        clean (B,) is the timestep of a picture without noise.
-        """
+    def branches(self, c: Corrupted) -> tuple[Output | None, Output | None]:
+        """The outputs of the image branch and of the text branch: of one pass, unless source pictures make the former longer."""
         b = len(c.latents)
         depth = self.config.align_depth if c.features else None
         if c.noise is not None:
             noisy = torch.lerp(c.latents, c.noise, c.sigma.view(-1, 1, 1, 1))                 # (B, C, H, W) (1 - sigma) x + sigma e
         if c.noise is not None and c.masked is not None and not c.references:
-            out = self.model(torch.cat([noisy, c.latents]), torch.cat([c.prompts, c.masked]), torch.cat([1000 * c.sigma, clean]),
+            out = self.model(torch.cat([noisy, c.latents]), torch.cat([c.prompts, c.masked]), torch.cat([1000 * c.sigma, c.clean]),
                              align_depth=depth, want={"velocity": slice(0, b), "logits": slice(b, 2 * b)})
             return (out if depth is None else out._replace(image_mid=out.image_mid[:b], text_mid=out.text_mid[b:]),) * 2
         drawn = written = None
         if c.noise is not None:
             drawn = self.model(noisy, c.prompts, 1000 * c.sigma, c.references, align_depth=depth, want=("velocity",))
         if c.masked is not None:
-            written = self.model(c.latents, c.masked, clean, align_depth=depth, want=("logits",))
+            written = self.model(c.latents, c.masked, c.clean, align_depth=depth, want=("logits",))
         return drawn, written
 
     def forward(self, c: Corrupted) -> dict[str, Tensor]:
         """The losses by name, `loss` being their sum of equation (5)."""
-        clean, config, found = c.latents.new_zeros(len(c.latents)), self.config, {}
-        drawn, written = self.branches(c, clean)
+        drawn, written = self.branches(c)
+        config, found = self.config, {}
         if drawn:
             found["flow_matching"] = flow_matching_loss(drawn.velocity, c.noise, c.latents, c.sigma if config.released_loss else None)
         if written:
@@ -298,8 +300,8 @@ class Objective(nn.Module):
         if drawn and written and config.cross_weight:
             image_hidden, text_hidden = drawn.image_hidden, written.text_hidden               # (B, N, D), (B, L, D)
             if config.cross_unseen:
-                image_hidden = self.model(c.latents, c.empty, clean, want=("velocity",)).image_hidden
-                text_hidden = self.model(None, c.captions, clean, want=("logits",)).text_hidden
+                image_hidden = self.model(c.latents, c.empty, c.clean, want=("velocity",)).image_hidden
+                text_hidden = self.model(None, c.captions, c.clean, want=("logits",)).text_hidden
             found["contrastive"] = contrastive_loss(image_hidden, text_hidden, config.cross_temperature)
         if drawn and written and c.features:
             found["intrinsic"] = intrinsic_loss(drawn.image_mid, c.features[0], written.text_mid, c.features[1])
