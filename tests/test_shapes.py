@@ -409,7 +409,11 @@ def test_compositions_have_their_references_where_the_text_says():
         assert len({o.cell for o in scene.objects}) == 1 + i % 3 and text.endswith(f" on a {scene.background} background")
         joint = re.fullmatch("put the object of picture 1 (.+) the object of picture 2 on a .*", text)
         relations[joint[1] if joint else len(references)] += 1
-        if not joint:
+        if joint:
+            one, two = ([o for o in scene.objects if o[:3] == r[:3]] for r in references)
+            assert references[1] in two                                     # it stays, and the other comes right next to it
+            assert any(abs(a.cell // 3 - references[1].cell // 3) + abs(a.cell % 3 - references[1].cell % 3) == 1 for a in one)
+        else:
             looks = {PLACES[o.cell]: o[:3] for o in scene.objects}
             places = re.findall(f"at the ({PLACE})", text)
             assert [looks[place] for place in places] == [r[:3] for r in references]
