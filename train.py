@@ -89,8 +89,7 @@ class TrainConfig:
     decay: bool = _field(False, "linear decay to zero at the end, else constant")
     clip: float = _field(2.0, "norm of the mean gradient")
     ema: float = _field(0.9995, "decay of the averaged weights")
-    sigma_mean: float = _field(0.0, "of the logit of sigma; more than 0: noisier pictures, of which a prompt says more")
-    sigma_spread: float = _field(1.0, "of the logit of sigma, its standard deviation")
+    sigma_mean: float = _field(0.0, "of the logit of sigma, whose spread is 1; more than 0: noisier pictures, of which a prompt says more")
     prompt_dropout: float = _field(0.1, "share of empty prompts in the image branch, for guidance")
     text_weight: float = _field(0.2, "of equation (2) in equation (5)")
     answer_weight: float = _field(0.2, "the same where only an answer counts: one or a few words, but averaged over all positions")
@@ -120,7 +119,7 @@ _TINY = TrainConfig(                 # both vocabulary sizes become those of the
     sampling=SampleSettings(image_size=64, text_length=32, steps=20, guidance=2.0, image_guidance=1.5, shift=1.0, text_steps=16),
     train_scenes=30_000, test_scenes=510, vae_steps=tiny.VAE_STEPS, teacher_steps=tiny.TEACHER_STEPS, steps=27_000, batch_size=16,
     accumulation=1, text_weight=0.5, answer_weight=1.0, lr=5e-3, muon_lr=0.025, beta2=0.95, weight_decay=0.0, warmup=100, decay=True,
-    clip=1.0, ema=0.998, align_depth=2, sigma_mean=1.4, sigma_spread=1.6, cache_latents=True, workers=0, log_every=50, save_every=1000)
+    clip=1.0, ema=0.998, align_depth=2, sigma_mean=1.4, cache_latents=True, workers=0, log_every=50, save_every=1000)
 
 PRESETS = {
     "tiny": _TINY,
@@ -249,8 +248,7 @@ def corrupt(batch: Batch, latents: Tensor, text_encoder: T5Encoder, mask_id: int
     b, device, texts = len(latents), latents.device, {}
     noise = sigma = mask = t = None
     if batch.prompts is not None:
-        normal = torch.special.ndtri(stratified(b, generator).clamp(1e-4, 1 - 1e-4))                         # (B,)
-        sigma = (config.sigma_mean + config.sigma_spread * normal).sigmoid()                                 # (B,)
+        sigma = (config.sigma_mean + torch.special.ndtri(stratified(b, generator).clamp(1e-4, 1 - 1e-4))).sigmoid()    # (B,)
         noise = torch.randn(latents.shape, generator=generator, device=device)                               # (B, C, H, W)
         dropped = torch.rand(b, generator=generator, device=device) < config.prompt_dropout                  # (B,)
         texts["prompts"] = torch.where(dropped[:, None], empty, batch.prompts)                               # (B, L)
@@ -746,7 +744,7 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
     for path, group in (("init", "model."), ("vae_path", "vae."), ("t5_path", "text_encoder.")):
         if getattr(config, path) and (given := [v for v in values if v.startswith(group) and not v.startswith("model.align_")]):
             p.error(f"--{given[0]} has no effect beside --{path}: the checkpoint brings its own configuration; remove one of them")
-    positive = ("steps", "batch_size", "accumulation", "log_every", "save_every", "lr", "clip", "cross_temperature", "sigma_spread")
+    positive = ("steps", "batch_size", "accumulation", "log_every", "save_every", "lr", "clip", "cross_temperature")
     if wrong := [name for name in positive if not getattr(config, name) > 0]:
         p.error(f"--{wrong[0]} must be positive")
     try:
