@@ -59,6 +59,9 @@ class Output(NamedTuple):
     text_mid: Tensor | None         # (B, d)
 
 
+Part = slice | tuple[slice, slice] | None       # an index of (B, N, D): rows of the batch, perhaps some of their tokens, or nothing
+
+
 class Modulation(NamedTuple):
     """adaLN-Zero: what the timestep does to one sub-layer, each (B, 1, D)."""
     shift: Tensor
@@ -141,12 +144,12 @@ class Stream(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                                  # 3 x (B, heads, N, head_dim)
         return q, k, v
 
-    def update(self, x: Tensor, attended: Tensor, attention_m: Modulation, mlp_m: Modulation, rows: slice | None) -> Tensor | None:
-        """Residual steps of attention and MLP for these rows of the batch; x and attended (B, N, D)."""
-        if rows is None:
+    def update(self, x: Tensor, attended: Tensor, attention_m: Modulation, mlp_m: Modulation, wanted: Part) -> Tensor | None:
+        """Residual steps of attention and MLP for the wanted part of x and attended (B, N, D)."""
+        if wanted is None:
             return None
-        x, attended = x[rows], attended[rows]                                                 # (b, N, D)
-        attention_m, mlp_m = (Modulation(*(part[rows] for part in m)) for m in (attention_m, mlp_m))
+        x, attended = x[wanted], attended[wanted]                                             # (b, n, D)
+        attention_m, mlp_m = (Modulation(*(part[wanted] for part in m)) for m in (attention_m, mlp_m))    # (b, 1, D)
         x = torch.addcmul(x, attention_m.gate, self.proj(attended))                           # (B, N, D)
         hidden = F.gelu(self.fc1(modulate(x, mlp_m)), approximate="tanh")                     # (B, N, 4 D)
         return torch.addcmul(x, mlp_m.gate, self.fc2(hidden))                                 # (B, N, D)
@@ -163,11 +166,12 @@ class JointBlock(nn.Module):
         self.q_norm = nn.LayerNorm(head_dim, eps=1e-6, bias=False) if config.qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_dim, eps=1e-6, bias=False) if config.qk_norm else nn.Identity()
 
-    def forward(self, image: Tensor, text: Tensor, condition: Tensor, image_rows: slice | None = slice(None),
-                text_rows: slice | None = slice(None)) -> tuple[Tensor | None, Tensor | None]:
+    def forward(self, image: Tensor, text: Tensor, condition: Tensor, image_part: Part = slice(None),
+                text_part: Part = slice(None)) -> tuple[Tensor | None, Tensor | None]:
         """image (B, N, D), text (B, L, D), condition (B, D) -> the two streams, updated.
 
-        The rows of the batch that are wanted of each stream, None for none: after the last block most heads read only some.
+        The part of each stream that is wanted, None for nothing: after the last block the heads read only some rows of the batch,
+        and nothing reads the tokens of source pictures.
         """
         image_attention, image_mlp = self.image.modulations(condition)
         text_attention, text_mlp = self.text.modulations(condition)
@@ -176,8 +180,8 @@ class JointBlock(nn.Module):
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         attended = attention(q, k, v).transpose(1, 2).flatten(2)                              # (B, N + L, D)
         n = image.shape[1]
-        image = self.image.update(image, attended[:, :n], image_attention, image_mlp, image_rows)     # (B, N, D)
-        text = self.text.update(text, attended[:, n:], text_attention, text_mlp, text_rows)           # (B, L, D)
+        image = self.image.update(image, attended[:, :n], image_attention, image_mlp, image_part)     # (b, n, D)
+        text = self.text.update(text, attended[:, n:], text_attention, text_mlp, text_part)           # (b, l, D)
         return image, text
 
 
@@ -305,9 +309,10 @@ class MMDiT(nn.Module):
                 pictures[1:] = [x + self.number_scale * code.to(x.dtype) for x, code in zip(pictures[1:], codes[1:])]
             image, n = torch.cat(pictures, dim=1), pictures[0].shape[1]                       # (B, N + N', D)
 
+        read = (rows["velocity"], slice(n)) if "velocity" in rows else None, rows.get("logits")    # what the heads read of each stream
         image_mid = text_mid = None
         for depth, block in enumerate(self.blocks, start=1):
-            wanted = (rows.get("velocity"), rows.get("logits")) if depth == len(self.blocks) and depth != align_depth else ()
+            wanted = read if depth == len(self.blocks) and depth != align_depth else ()
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 image, text = recompute(block, image, text, condition, *wanted, use_reentrant=False)
             else:
@@ -322,7 +327,7 @@ class MMDiT(nn.Module):
             logits = self.text_head(text_hidden)                                              # (b, L, vocab)
         if "velocity" in rows:
             r, p, (h, w) = rows["velocity"], self.config.patch_size, latents.shape[2:]
-            image = image if wanted else image[r]                                             # (b, N + N', D)
+            image = image if wanted else image[r]                                             # (b, N or N + N', D)
             shift, scale = self.image_modulation(condition[r])[:, None].chunk(2, dim=-1)      # (b, 1, D) each
             image_hidden = modulate(image[:, :n], Modulation(shift, scale, None))             # (b, N, D)
             velocity = unpatchify(self.image_head(image_hidden), p, h // p, w // p)           # (b, C, H, W)

@@ -24,10 +24,14 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum made orthogonal; for 2-D parameters. A tall matrix takes steps sqrt(rows / columns) times as long."""
+    """Nesterov momentum made orthogonal; for 2-D parameters. A tall matrix takes steps sqrt(rows / columns) times as long.
 
-    def __init__(self, parameters: list[Tensor], lr: float, momentum: float = 0.95):
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+    every: a matrix moves in each `every`-th step in which it has a gradient, then `every` times as far. Momentum hardly turns
+    between two steps, and to make it orthogonal costs a small model as much as its forward pass.
+    """
+
+    def __init__(self, parameters: list[Tensor], lr: float, momentum: float = 0.95, every: int = 1):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "every": every})
         if wrong := [tuple(p.shape) for group in self.param_groups for p in group["params"] if p.ndim != 2]:
             raise ValueError(f"Muon is for matrices, got a parameter of shape {wrong[0]}")
 
@@ -41,12 +45,15 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), matrices in shapes.items():
                 for p in matrices:
                     if not self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                gradients, buffers = [p.grad for p in matrices], [self.state[p]["momentum_buffer"] for p in matrices]
-                torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-                updates = orthogonalise(torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"])))
-                scale = group["lr"] * max(1.0, rows / columns) ** 0.5
-                torch._foreach_add_(matrices, list(updates.float().unbind()), alpha=-scale)
+                        self.state[p].update(momentum_buffer=torch.zeros_like(p), steps=torch.zeros(()))
+                    self.state[p]["steps"] += 1
+                torch._foreach_lerp_([self.state[p]["momentum_buffer"] for p in matrices], [p.grad for p in matrices],
+                                     1 - group["momentum"])
+                if due := [p for p in matrices if self.state[p]["steps"] % group["every"] == 0]:
+                    buffers = [self.state[p]["momentum_buffer"] for p in due]
+                    updates = orthogonalise(torch.stack(torch._foreach_lerp([p.grad for p in due], buffers, group["momentum"])))
+                    scale = group["every"] * group["lr"] * max(1.0, rows / columns) ** 0.5
+                    torch._foreach_add_(due, list(updates.float().unbind()), alpha=-scale)
 
 
 if __name__ == "__main__":

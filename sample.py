@@ -86,6 +86,9 @@ def generate(model: MMDiT, noise: Tensor, text: Tensor, empty_text: Tensor, step
 
 # ---------------------------------------------------------------- text
 
+ORDERS = ("confidence", "left", "ancestral")
+
+
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """A token for every position and the model's probability of it; both (B, L). The mask token, the last class, is never drawn.
 
@@ -107,13 +110,14 @@ def describe(model: MMDiT, text_encoder: Callable[[Tensor], Tensor], latents: Te
     """Fill in the masked tokens of a text about clean pictures; ids (B, L).
 
     latents (B, C, H, W), or None for text alone; tokens (B, L): `mask_id` where the text is wanted, anything else (a question)
-    stays. order: "confidence" reveals the most probable tokens first, equally many in each step; "ancestral" is the released
-    sampler, the reversed diffusion: t goes from 1 to 1e-5, and each masked token is revealed with probability (t - s) / t.
+    stays. order: "confidence" reveals the most probable tokens first, equally many in each step, "left" the first ones;
+    "ancestral" is the released sampler, the reversed diffusion: t goes from 1 to 1e-5, and each masked token is revealed with
+    probability (t - s) / t.
     temperature: 0 takes the most probable token, 1 draws from the model's distribution.
     """
-    if order not in ("confidence", "ancestral") or steps < 1 or temperature < 0:
+    if order not in ORDERS or steps < 1 or temperature < 0:
         raise ValueError(f"order = {order!r}, steps = {steps}, temperature = {temperature}; "
-                         "expected 'confidence' or 'ancestral', at least one step and a temperature of at least 0")
+                         f"expected one of {ORDERS}, at least one step and a temperature of at least 0")
     tokens, timestep = tokens.clone(), torch.zeros(len(tokens), device=tokens.device)
     t = torch.linspace(1, 1e-5, steps + 1, dtype=torch.float64).tolist()
     wanted, logits = (tokens == mask_id).sum(dim=1), None                                     # (B,)
@@ -131,7 +135,8 @@ def describe(model: MMDiT, text_encoder: Callable[[Tensor], Tensor], latents: Te
             reveal = masked & (chance < (t[i] - t[i + 1]) / t[i])                             # (B, L)
         else:
             target = wanted * (i + 1) // steps - (wanted - masked.sum(dim=1))                 # (B,) how many to reveal now
-            rank = probability.masked_fill(~masked, -1).argsort(dim=1, descending=True).argsort(dim=1)
+            merit = probability if order == "confidence" else torch.linspace(1, 0, tokens.shape[1]).to(probability).expand_as(probability)
+            rank = merit.masked_fill(~masked, -1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
             reveal = masked & (rank < target[:, None])                                        # (B, L)
         if reveal.any():
             tokens, logits = torch.where(reveal, drawn, tokens), None                         # (B, L)
@@ -226,10 +231,15 @@ class Pipeline:
         """Pictures (B, 3, H, W) as `draw` makes them, from any number of source pictures, each (B, 3, H', W') in [-1, 1]."""
         return self.draw(prompts, seed, steps, guidance, [self.encode_images(images) for images in sources], progress)
 
-    def caption(self, images: Tensor, seed: int = 0, steps: int | None = None, order: str = "confidence",
+    def caption(self, images: Tensor, seed: int = 0, steps: int | None = None, order: str | None = None,
                 temperature: float = 0.0, progress: bool = False, questions: Sequence[str] | None = None) -> list[str]:
-        """Captions of images (B, 3, H, W) in [-1, 1], or the answers to one question about each."""
+        """Captions of images (B, 3, H, W) in [-1, 1], or the answers to one question about each.
+
+        order: None writes captions by confidence and answers from the left. By confidence an answer gets its end first, and with
+        it a length, which decides between "no" and "yes at the center" before either is looked up (README).
+        """
         s = self.settings
+        order = order or ("confidence" if questions is None else "left")
         tokens, answer = self.tokenizer.dialogue([""] * len(images) if questions is None else questions, length=s.text_length)
         ids = describe(self.model, self.encode_text, self.encode_images(images), tokens.to(self.device), self.tokenizer.mask_id,
                        s.text_steps if steps is None else steps, order, temperature,
@@ -287,8 +297,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, help="Euler steps of a picture, or steps of filling in a text")
     p.add_argument("--guidance", type=float, help="weight of the prompt; 1 is none and faster")
     p.add_argument("--image-guidance", type=float, help="weight of the pictures of --image; 1 is none and faster")
-    p.add_argument("--order", choices=("confidence", "ancestral"), default="confidence",
-                   help="which tokens of a text come first (default: %(default)s)")
+    p.add_argument("--order", choices=ORDERS, help="which tokens of a text come first: the most probable (the default of captions), "
+                   "those on the left (of answers), or random ones, as the released sampler has it")
     p.add_argument("--temperature", type=float, default=0.0, help="of the text; 0: the most probable (default: %(default)s)")
     p.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of a training run (default: %(default)s)")
     real = p.add_argument_group("released weights, in place of --run; a part that is not named is looked for in --model")

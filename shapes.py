@@ -414,7 +414,7 @@ def right_objects(text: str, references: Sequence[Object], found: Scene) -> int:
 # ---------------------------------------------------------------- questions
 
 QUESTIONS = ("count", "what", "exists", "where", "color", "background")
-_ASKED = (6, 1.5, 5, 1.2, 2.5, 0.3)                   # how often in training: what is hard to answer more often
+_ASKED = (4, 1.5, 4, 1.5, 3, 0.3)                   # how often in training: what is hard to answer more often
 
 
 def _placed(answer: str, phrase: str, scene: Scene) -> str:

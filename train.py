@@ -83,6 +83,7 @@ class TrainConfig:
     accumulation: int = _field(4, "micro batches per step")
     lr: float = _field(3e-5, "of AdamW")
     muon_lr: float = _field(0.0, "of Muon, for the matrices of the blocks; 0: AdamW for everything")
+    muon_every: int = _field(1, "steps for each of Muon's, which is then as many times as long")
     weight_decay: float = _field(0.01, "of AdamW")
     beta2: float = _field(0.999, "of AdamW")
     warmup: int = _field(1000, "steps of linear warm-up")
@@ -111,14 +112,14 @@ class TrainConfig:
 
 _TINY = TrainConfig(                 # both vocabulary sizes become those of the tokenizer that the run trains
     out="runs/tiny",
-    weights="text_to_image=5.5,edits=10.5,edges=2.2,depth=0.3,pose=0.6,personalisation=3,questions=5.5", captioned="text_to_image",
+    weights="text_to_image=4.5,edits=11,edges=2.2,depth=0.3,pose=0.6,personalisation=3,questions=6", captioned="text_to_image",
     model=MMDiTConfig(width=128, depth=4, num_heads=4, text_dim=128, position_table=8, qk_norm=True, text_positions=32,
                       number_references=True, align_dims=(256, 128), align_silu=False),
     vae=tiny.VAE_CONFIG,
     text_encoder=T5Config(dim=128, head_dim=32, ff_dim=256, depth=2, num_heads=4),
     sampling=SampleSettings(image_size=64, text_length=32, steps=20, guidance=2.0, image_guidance=1.5, shift=1.0, text_steps=16),
     train_scenes=30_000, test_scenes=510, vae_steps=tiny.VAE_STEPS, teacher_steps=tiny.TEACHER_STEPS, steps=27_000, batch_size=16,
-    accumulation=1, text_weight=0.5, answer_weight=1.0, lr=5e-3, muon_lr=0.025, beta2=0.95, weight_decay=0.0, warmup=100, decay=True,
+    accumulation=1, text_weight=0.5, answer_weight=1.0, lr=5e-3, muon_lr=0.025, muon_every=4, beta2=0.95, weight_decay=0.0, warmup=100, decay=True,
     clip=1.0, ema=0.998, align_depth=2, sigma_mean=1.4, cache_latents=True, workers=0, log_every=50, save_every=1000)
 
 PRESETS = {
@@ -186,7 +187,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     rest = [p for p in model.parameters() if id(p) not in chosen]
     optimizers = [torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)]
     if matrices:
-        optimizers.append(Muon(matrices, config.muon_lr))
+        optimizers.append(Muon(matrices, config.muon_lr, every=config.muon_every))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]

@@ -107,7 +107,8 @@ class Perfect:
         return images
 
     def caption(self, images, seed=0, questions=None):
-        return [self.texts[q, p.tobytes()] for q, p in zip(questions, to_pictures(images))]
+        asked = [""] * len(images) if questions is None else questions
+        return [self.texts[question, picture.tobytes()] for question, picture in zip(asked, to_pictures(images))]
 
 
 class Wrong(Perfect):

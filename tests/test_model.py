@@ -291,6 +291,17 @@ def test_want_with_rows(tiny):
         close(getattr(found, name), getattr(full, name)[rows], atol=1e-6)
 
 
+def test_the_last_block_leaves_source_pictures_as_they_are(tiny):
+    """Nothing reads them after it: the same velocity with fewer tokens in its MLP."""
+    tokens, references = [], [torch.randn(4, 4, 4, 4), torch.randn(4, 4, 4, 6)]
+    tiny.blocks[-1].image.fc1.register_forward_hook(lambda module, inputs, output: tokens.append(output.shape[:2]))
+    whole = tiny(*some_inputs(batch=4), references, align_depth=3)
+    found = tiny(*some_inputs(batch=4), references, want={"velocity": slice(1, 4)})
+    assert tokens == [(4, 9 + 4 + 6), (3, 9)]
+    close(found.velocity, whole.velocity[1:], atol=1e-5)
+    close(found.image_hidden, whole.image_hidden[1:], atol=1e-5)
+
+
 def test_alignment_after_the_last_block(tiny):
     """The mids need every row of the last block, whatever heads are asked for."""
     full, found = tiny(*some_inputs(), align_depth=3), tiny(*some_inputs(), align_depth=3, want={"logits": slice(0, 1)})

@@ -38,6 +38,25 @@ def test_singular_values_come_near_one_and_vectors_stay(shape):
     assert (rotated - torch.diag_embed(rotated.diagonal(dim1=1, dim2=2))).abs().max() < 0.05
 
 
+def test_every_third_step_is_three_times_as_long():
+    """The momentum is that of all steps, those of a matrix without a gradient not counted."""
+    matrices, gradients = parameters(0), [[p.detach() for p in parameters(seed)] for seed in range(1, 6)]
+    start = [p.detach().clone() for p in matrices]
+    optimizer = Muon(matrices, lr=0.1, every=3)
+    for step, given in enumerate(gradients):
+        for i, (p, gradient) in enumerate(zip(matrices, given)):
+            p.grad = None if i == 0 and step == 0 else gradient.clone()
+        optimizer.step()
+        moved = [not torch.equal(p, q) for p, q in zip(matrices, start)]
+        assert moved == [step >= 3] + [step >= 2] * 5
+    for i, p in enumerate(matrices):
+        momentum = torch.zeros_like(p)
+        for gradient in (used := [given[i] for given in gradients][i == 0:][:3]):
+            momentum = 0.95 * momentum + 0.05 * gradient
+        update = orthogonalise((0.95 * momentum + 0.05 * used[-1])[None])[0].float()
+        torch.testing.assert_close(p, start[i] - 0.3 * max(1, p.shape[0] / p.shape[1]) ** 0.5 * update, rtol=0, atol=5e-3)
+
+
 def test_parameters_without_a_gradient_stay():
     a, b = parameters(0)[:2]
     a.grad, before = torch.ones_like(a), b.detach().clone()
@@ -45,16 +64,17 @@ def test_parameters_without_a_gradient_stay():
     assert torch.equal(b, before)
 
 
-def test_state_continues():
+@pytest.mark.parametrize("every", [1, 2])
+def test_state_continues(every):
     one, other = parameters(0), parameters(0)
-    first, second = Muon(one, lr=0.1), Muon(other, lr=0.1)
+    first, second = Muon(one, lr=0.1, every=every), Muon(other, lr=0.1, every=every)
     for p, q, gradient in zip(one, other, parameters(1)):
         p.grad, q.grad = gradient.detach().clone(), gradient.detach().clone()
     first.step(), second.step()
-    third = Muon(other, lr=0.1)
+    third = Muon(other, lr=0.1, every=every)
     third.load_state_dict(second.state_dict())
     first.step(), third.step()
-    assert all(torch.equal(p, q) for p, q in zip(one, other))
+    assert all(torch.equal(p, q) and not torch.equal(p, start) for p, q, start in zip(one, other, parameters(0)))
 
 
 def test_other_than_matrices_is_an_error():

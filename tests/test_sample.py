@@ -17,7 +17,7 @@ from sentencepiece import SentencePieceTrainer
 from checkpoint import save
 from data import load_image, to_pictures
 from model import MMDiT, MMDiTConfig, Output
-from sample import Pipeline, SampleSettings, describe, flow_sigmas, generate, main
+from sample import ORDERS, Pipeline, SampleSettings, describe, flow_sigmas, generate, main
 from shapes import caption, random_scene
 from text_encoder import T5Config, T5Encoder, T5Tokenizer
 from vae import VAE, VAEConfig
@@ -189,6 +189,15 @@ def test_confident_tokens_come_first_and_equally_many_per_step():
     assert len(fake.states) == 4
     latents, timestep, want = fake.seen[0]
     assert timestep.tolist() == [0, 0] and want == ("logits",)                                # the picture is clean, no head but the text's
+
+
+def test_tokens_on_the_left_come_first():
+    tokens = all_masked(2, 8)
+    tokens[1, :2] = torch.tensor([3, 3])
+    fake = Fake(confident([5, 0, 7, 3, 2, 6, 1, 4]))
+    assert fake.describe(tokens, steps=4, order="left").tolist() == [[0, 1, 2, 3, 4, 5, 0, 1], [3, 3, 2, 3, 4, 5, 0, 1]]
+    assert [[(row != MASK).tolist() for row in state] for state in fake.states] == [
+        [[i < 2 * step for i in range(8)], [i < 2 + 6 * step // 4 for i in range(8)]] for step in range(4)]
 
 
 def test_rows_with_different_questions_finish_together():
@@ -447,7 +456,7 @@ def test_an_answer_is_the_text_after_its_question(run):
         row[range(len(question), len(question) + len(ids)), ids] = 9
     fake = Fake(logits)
     fake.pos_embed, pipeline.model, pipeline.text_encoder = pipeline.model.pos_embed, fake, Remembering(pipeline.text_encoder)
-    for order in ("confidence", "ancestral"):
+    for order in (None, *ORDERS):
         assert pipeline.caption(images, order=order, questions=questions) == ["a small blue square"] * 2
     for seen in pipeline.text_encoder.ids:
         for row, question in zip(seen, asked):
@@ -460,9 +469,11 @@ def test_an_answer_is_the_text_after_its_question(run):
 
 def test_captions_are_answers_to_no_question(run):
     pipeline, images = Pipeline.from_run(run), torch.rand(2, 3, 32, 32, generator=seeded()) * 2 - 1
-    assert pipeline.caption(images) == pipeline.caption(images, questions=["", ""])
-    assert pipeline.caption(images, questions=["a red circle", ""])[1] == pipeline.caption(images)[1]
-    assert pipeline.caption(images, questions=["a red circle", ""])[0] != pipeline.caption(images)[0]
+    captions = pipeline.caption(images)
+    assert captions == pipeline.caption(images, order="confidence", questions=["", ""])
+    answers = pipeline.caption(images, order="confidence", questions=["a red circle", ""])
+    assert answers[1] == captions[1] and answers[0] != captions[0]
+    assert pipeline.caption(images, questions=["a red circle", ""]) == pipeline.caption(images, order="left", questions=["a red circle", ""])
 
 
 class Remembering:
