@@ -135,8 +135,10 @@ def describe(model: MMDiT, text_encoder: Callable[[Tensor], Tensor], latents: Te
             reveal = masked & (chance < (t[i] - t[i + 1]) / t[i])                             # (B, L)
         else:
             target = wanted * (i + 1) // steps - (wanted - masked.sum(dim=1))                 # (B,) how many to reveal now
-            merit = probability if order == "confidence" else torch.linspace(1, 0, tokens.shape[1]).to(probability).expand_as(probability)
-            rank = merit.masked_fill(~masked, -1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            if order == "left":
+                rank = masked.cumsum(dim=1) - 1                                               # (B, L)
+            else:
+                rank = probability.masked_fill(~masked, -1).argsort(dim=1, descending=True).argsort(dim=1)    # (B, L)
             reveal = masked & (rank < target[:, None])                                        # (B, L)
         if reveal.any():
             tokens, logits = torch.where(reveal, drawn, tokens), None                         # (B, L)

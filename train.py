@@ -83,7 +83,7 @@ class TrainConfig:
     accumulation: int = _field(4, "micro batches per step")
     lr: float = _field(3e-5, "of AdamW")
     muon_lr: float = _field(0.0, "of Muon, for the matrices of the blocks; 0: AdamW for everything")
-    muon_every: int = _field(1, "steps for each of Muon's, which is then as many times as long")
+    muon_every: int = _field(1, "Muon moves a matrix in each so-many-th step, then as many times as far")
     weight_decay: float = _field(0.01, "of AdamW")
     beta2: float = _field(0.999, "of AdamW")
     warmup: int = _field(1000, "steps of linear warm-up")
@@ -118,9 +118,9 @@ _TINY = TrainConfig(                 # both vocabulary sizes become those of the
     vae=tiny.VAE_CONFIG,
     text_encoder=T5Config(dim=128, head_dim=32, ff_dim=256, depth=2, num_heads=4),
     sampling=SampleSettings(image_size=64, text_length=32, steps=20, guidance=2.0, image_guidance=1.5, shift=1.0, text_steps=16),
-    train_scenes=30_000, test_scenes=510, vae_steps=tiny.VAE_STEPS, teacher_steps=tiny.TEACHER_STEPS, steps=27_000, batch_size=16,
-    accumulation=1, text_weight=0.5, answer_weight=1.0, lr=5e-3, muon_lr=0.025, muon_every=4, beta2=0.95, weight_decay=0.0, warmup=100, decay=True,
-    clip=1.0, ema=0.998, align_depth=2, sigma_mean=1.4, cache_latents=True, workers=0, log_every=50, save_every=1000)
+    train_scenes=30_000, test_scenes=510, vae_steps=tiny.VAE_STEPS, teacher_steps=tiny.TEACHER_STEPS, steps=33_000, batch_size=16,
+    accumulation=1, text_weight=0.5, answer_weight=1.0, lr=5e-3, muon_lr=0.025, muon_every=4, beta2=0.95, weight_decay=0.0, warmup=100,
+    decay=True, clip=1.0, ema=0.998, align_depth=2, sigma_mean=1.4, cache_latents=True, workers=0, log_every=50, save_every=1000)
 
 PRESETS = {
     "tiny": _TINY,
@@ -745,7 +745,7 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
     for path, group in (("init", "model."), ("vae_path", "vae."), ("t5_path", "text_encoder.")):
         if getattr(config, path) and (given := [v for v in values if v.startswith(group) and not v.startswith("model.align_")]):
             p.error(f"--{given[0]} has no effect beside --{path}: the checkpoint brings its own configuration; remove one of them")
-    positive = ("steps", "batch_size", "accumulation", "log_every", "save_every", "lr", "clip", "cross_temperature")
+    positive = ("steps", "batch_size", "accumulation", "log_every", "save_every", "lr", "clip", "cross_temperature", "muon_every")
     if wrong := [name for name in positive if not getattr(config, name) > 0]:
         p.error(f"--{wrong[0]} must be positive")
     try:
