@@ -165,7 +165,7 @@ def respond(pipeline: Pipeline, outputs: Sequence[Output], seed: int, chunk: int
     def some(part: list[Output], start: int) -> Sequence:
         prompts, images = [o.prompt for o in part], [to_images(p) for p in zip(*(o.sources for o in part))]   # each (b, 3, H, W)
         if isinstance(part[0].wanted, str):
-            return pipeline.caption(images[0], seed, questions=prompts if any(prompts) else None)
+            return pipeline.caption(images[0], seed, questions=prompts)
         return to_pictures(pipeline.edit(prompts, images, seed + start))
     return make(outputs, some, chunk, label)
 

@@ -322,14 +322,14 @@ class MMDiT(nn.Module):
 
         velocity = logits = image_hidden = text_hidden = None
         if "logits" in rows:
-            text = text if wanted else text[rows["logits"]]                                   # (b, L, D)
+            text = text if wanted else text[read[1]]                                          # (b, L, D)
             text_hidden = F.layer_norm(text, text.shape[-1:], eps=1e-6)                       # (b, L, D)
             logits = self.text_head(text_hidden)                                              # (b, L, vocab)
         if "velocity" in rows:
             r, p, (h, w) = rows["velocity"], self.config.patch_size, latents.shape[2:]
-            image = image if wanted else image[r]                                             # (b, N or N + N', D)
+            image = image if wanted else image[read[0]]                                       # (b, N, D)
             shift, scale = self.image_modulation(condition[r])[:, None].chunk(2, dim=-1)      # (b, 1, D) each
-            image_hidden = modulate(image[:, :n], Modulation(shift, scale, None))             # (b, N, D)
+            image_hidden = modulate(image, Modulation(shift, scale, None))                    # (b, N, D)
             velocity = unpatchify(self.image_head(image_hidden), p, h // p, w // p)           # (b, C, H, W)
         return Output(velocity, logits, image_hidden, text_hidden, image_mid, text_mid)
 

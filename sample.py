@@ -105,22 +105,23 @@ def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None)
 
 @torch.no_grad()
 def describe(model: MMDiT, text_encoder: Callable[[Tensor], Tensor], latents: Tensor | None, tokens: Tensor, mask_id: int,
-             steps: int = 16, order: str = "confidence", temperature: float = 0.0,
+             steps: int = 16, order: str | None = "confidence", temperature: float = 0.0,
              generator: torch.Generator | None = None, progress: bool = False) -> Tensor:
     """Fill in the masked tokens of a text about clean pictures; ids (B, L).
 
     latents (B, C, H, W), or None for text alone; tokens (B, L): `mask_id` where the text is wanted, anything else (a question)
-    stays. order: "confidence" reveals the most probable tokens first, equally many in each step, "left" the first ones;
-    "ancestral" is the released sampler, the reversed diffusion: t goes from 1 to 1e-5, and each masked token is revealed with
-    probability (t - s) / t.
-    temperature: 0 takes the most probable token, 1 draws from the model's distribution.
+    stays. order: "confidence" reveals the most probable tokens first, equally many in each step, "left" the first ones, None those
+    on the left in rows that hold a question and the most probable in the others; "ancestral" is the released sampler, the reversed
+    diffusion: t goes from 1 to 1e-5, and each masked token is revealed with probability (t - s) / t. temperature: 0 takes the most
+    probable token, 1 draws from the model's distribution.
     """
-    if order not in ORDERS or steps < 1 or temperature < 0:
+    if order not in (None, *ORDERS) or steps < 1 or temperature < 0:
         raise ValueError(f"order = {order!r}, steps = {steps}, temperature = {temperature}; "
                          f"expected one of {ORDERS}, at least one step and a temperature of at least 0")
     tokens, timestep = tokens.clone(), torch.zeros(len(tokens), device=tokens.device)
     t = torch.linspace(1, 1e-5, steps + 1, dtype=torch.float64).tolist()
     wanted, logits = (tokens == mask_id).sum(dim=1), None                                     # (B,)
+    left = wanted < tokens.shape[1] if order is None else torch.full_like(wanted, order == "left", dtype=torch.bool)    # (B,)
     for i in tqdm(range(steps + 1), desc="writing", unit="step", disable=not progress):
         masked = tokens == mask_id                                                            # (B, L)
         if not masked.any():
@@ -135,10 +136,8 @@ def describe(model: MMDiT, text_encoder: Callable[[Tensor], Tensor], latents: Te
             reveal = masked & (chance < (t[i] - t[i + 1]) / t[i])                             # (B, L)
         else:
             target = wanted * (i + 1) // steps - (wanted - masked.sum(dim=1))                 # (B,) how many to reveal now
-            if order == "left":
-                rank = masked.cumsum(dim=1) - 1                                               # (B, L)
-            else:
-                rank = probability.masked_fill(~masked, -1).argsort(dim=1, descending=True).argsort(dim=1)    # (B, L)
+            by_confidence = probability.masked_fill(~masked, -1).argsort(dim=1, descending=True).argsort(dim=1)    # (B, L)
+            rank = torch.where(left[:, None], masked.cumsum(dim=1) - 1, by_confidence)        # (B, L)
             reveal = masked & (rank < target[:, None])                                        # (B, L)
         if reveal.any():
             tokens, logits = torch.where(reveal, drawn, tokens), None                         # (B, L)
@@ -237,11 +236,10 @@ class Pipeline:
                 temperature: float = 0.0, progress: bool = False, questions: Sequence[str] | None = None) -> list[str]:
         """Captions of images (B, 3, H, W) in [-1, 1], or the answers to one question about each.
 
-        order: None writes captions by confidence and answers from the left. By confidence an answer gets its end first, and with
-        it a length, which decides between "no" and "yes at the center" before either is looked up (README).
+        order: as `describe` has it; None writes captions by confidence and answers from the left. By confidence an answer gets its
+        end first, and with it a length, which decides between "no" and "yes at the center" before either is looked up (README).
         """
         s = self.settings
-        order = order or ("confidence" if questions is None else "left")
         tokens, answer = self.tokenizer.dialogue([""] * len(images) if questions is None else questions, length=s.text_length)
         ids = describe(self.model, self.encode_text, self.encode_images(images), tokens.to(self.device), self.tokenizer.mask_id,
                        s.text_steps if steps is None else steps, order, temperature,

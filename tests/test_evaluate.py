@@ -107,8 +107,7 @@ class Perfect:
         return images
 
     def caption(self, images, seed=0, questions=None):
-        asked = [""] * len(images) if questions is None else questions
-        return [self.texts[question, picture.tobytes()] for question, picture in zip(asked, to_pictures(images))]
+        return [self.texts[q, p.tobytes()] for q, p in zip(questions, to_pictures(images))]
 
 
 class Wrong(Perfect):

@@ -469,11 +469,21 @@ def test_an_answer_is_the_text_after_its_question(run):
 
 def test_captions_are_answers_to_no_question(run):
     pipeline, images = Pipeline.from_run(run), torch.rand(2, 3, 32, 32, generator=seeded()) * 2 - 1
-    captions = pipeline.caption(images)
-    assert captions == pipeline.caption(images, order="confidence", questions=["", ""])
-    answers = pipeline.caption(images, order="confidence", questions=["a red circle", ""])
-    assert answers[1] == captions[1] and answers[0] != captions[0]
-    assert pipeline.caption(images, questions=["a red circle", ""]) == pipeline.caption(images, order="left", questions=["a red circle", ""])
+    assert pipeline.caption(images) == pipeline.caption(images, questions=["", ""])
+    assert pipeline.caption(images, questions=["a red circle", ""])[1] == pipeline.caption(images)[1]
+    assert pipeline.caption(images, questions=["a red circle", ""])[0] != pipeline.caption(images)[0]
+    answers, captions = (pipeline.caption(images, order=order, questions=["a red circle", ""]) for order in ("left", "confidence"))
+    assert pipeline.caption(images, questions=["a red circle", ""]) == [answers[0], captions[1]]
+
+
+def test_by_itself_a_question_is_answered_from_the_left_and_a_caption_written_by_confidence():
+    tokens, order = all_masked(2, 8), [5, 0, 7, 3, 2, 6, 1, 4]
+    tokens[1, :2] = torch.tensor([3, 3])
+    fake = Fake(confident(order))
+    fake.describe(tokens, steps=4, order=None)
+    for step, state in enumerate(fake.states):
+        assert {i for i in range(8) if state[0, i] != MASK} == set(order[:2 * step])
+        assert {i for i in range(8) if state[1, i] != MASK} == set(range(2 + 6 * step // 4))
 
 
 class Remembering:
