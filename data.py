@@ -159,6 +159,16 @@ class Batch(NamedTuple):
         return Batch(*(move(x) for x in self))
 
 
+def prompt_length(tokens: int, sources: int, longest: int, multiple: int) -> int:
+    """To how many tokens a prompt of `tokens` is padded: one about source pictures to a multiple of `multiple`, any other (and any
+    with multiple 0) to `longest`. Instructions are short, and their padding is a tenth of the work on them.
+    Raises ValueError for a negative multiple.
+    """
+    if multiple < 0:
+        raise ValueError(f"prompt_multiple = {multiple}, expected 0 or more")
+    return min(longest, -(-tokens // multiple) * multiple) if sources and multiple else longest
+
+
 class Group(NamedTuple):
     """Examples that share batches."""
     task: str
@@ -178,7 +188,7 @@ def parse_weights(text: str) -> dict[str, float]:
 
 
 class Tasks(Dataset):
-    """Examples of any tasks, in groups by task and number of source pictures.
+    """Examples of any tasks, in groups by task, number of source pictures and length of the prompt (see `prompt_length`).
 
     weights: of the tasks' batches; a task's groups share its weight by their sizes. captioned: the tasks whose captions train the
     text branch, besides questions (`*`: every task). Set `latents` (one for each of `paths`) to have them returned in place of
@@ -187,7 +197,7 @@ class Tasks(Dataset):
     """
 
     def __init__(self, examples: list[Example], tokenizer: T5Tokenizer, image_size: int, text_length: int, weights: str = "*=1",
-                 captioned: str = "*"):
+                 captioned: str = "*", prompt_multiple: int = 0):
         given, tasks = parse_weights(weights), {e.task for e in examples}
         written = {name.strip() for name in captioned.split(",")} - {""}
         if unknown := sorted({*(name for name in given if given[name]), *written} - {"*"} - tasks):
@@ -203,16 +213,19 @@ class Tasks(Dataset):
         for e in self.examples:
             if "<extra_id_0>" in f"{e.prompt} {e.question} {e.caption}":
                 raise ValueError(f"the text of {e.image} holds the mask token <extra_id_0>; remove it")
+        self.prompts = tokenizer([e.prompt or "" for e in self.examples], length=text_length).int()                  # (n, L)
+        ends = (self.prompts == tokenizer.eos_id).int().argmax(dim=1)                                                # (n,)
+        self.lengths = [prompt_length(end + 1, len(e.sources), text_length, prompt_multiple)
+                        for end, e in zip(ends.tolist(), self.examples)]
         sizes = collections.Counter(e.task for e in self.examples)
         members: dict[tuple, list[int]] = {}
         for i, e in enumerate(self.examples):
-            members.setdefault((e.task, len(e.sources), e.prompt is None, self.writes[i]), []).append(i)
+            members.setdefault((e.task, len(e.sources), e.prompt is None, self.writes[i], self.lengths[i]), []).append(i)
         self.groups = [Group(key[0], found, weight[key[0]] * len(found) / sizes[key[0]]) for key, found in sorted(members.items())]
 
         self.paths = list(dict.fromkeys(path for e in self.examples for path in (e.image, *e.sources)))
         place = {path: i for i, path in enumerate(self.paths)}
         self.places = [[place[path] for path in (e.image, *e.sources)] for e in self.examples]
-        self.prompts = tokenizer([e.prompt or "" for e in self.examples], length=text_length).int()                  # (n, L)
         tokens, self.answer = tokenizer.dialogue(*zip(*((e.question, e.caption) for e in self.examples)), text_length)
         self.tokens = tokens.int()                                                                                   # (n, L)
         self.aligned = [i for i, e in enumerate(self.examples) if e.prompt is not None and self.writes[i]]
@@ -233,7 +246,7 @@ class Tasks(Dataset):
             loaded = [load_image(self.paths[place], self.image_size) for place in places.flatten().tolist()]
             pictures = torch.stack(loaded).unflatten(0, places.shape)                         # (B, 1 + R, 3, H, W)
         if self.examples[first].prompt is not None:
-            prompts = self.prompts[indices].long()
+            prompts = self.prompts[indices, :self.lengths[first]].long()
         if self.writes[first]:
             tokens, answer = self.tokens[indices].long(), self.answer[indices]
         if self.features is not None and first in self.row:

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import make_config, read_json
-from data import load_image, to_pictures
+from data import load_image, prompt_length, to_pictures
 from model import MMDiT
 from text_encoder import T5Encoder, T5Tokenizer
 from vae import VAE
@@ -151,6 +151,7 @@ class SampleSettings:
     """What a model was trained for and how it is sampled by default; the defaults are those of the released 512-pixel model."""
     image_size: int = 512
     text_length: int = 256
+    prompt_multiple: int = 0        # prompts about source pictures are padded to a multiple of this; 0: to text_length
     padding_id: int = 1             # </s> for dual checkpoints, 0 for plain SD3
     steps: int = 28                 # Euler steps of a picture
     guidance: float = 7.0
@@ -220,12 +221,18 @@ class Pipeline:
              references: Sequence[Tensor] = (), progress: bool = False) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of the prompts. Picture i depends on its prompt and on seed + i alone."""
         s, side = self.settings, self.settings.image_size // self.vae.downscale
+        steps, guidance = s.steps if steps is None else steps, s.guidance if guidance is None else guidance
         noise = torch.stack([torch.randn(self.model.config.latent_channels, side, side,
                                          generator=torch.Generator().manual_seed(seed + i)) for i in range(len(prompts))])
-        texts = self.encode_text(self.tokenizer([*prompts, ""], length=s.text_length))        # (B + 1, L, D)
-        latents = generate(self.model, noise.to(self.device), texts[:-1], texts[-1:], s.steps if steps is None else steps,
-                           s.guidance if guidance is None else guidance, s.shift, references, s.image_guidance, progress)
-        return self.vae.decode(latents.to(texts.dtype)).float().clamp(-1, 1)                  # (B, 3, H, W)
+        ids, latents = self.tokenizer([*prompts, ""], length=s.text_length), torch.empty_like(noise, device=self.device)
+        lengths = [prompt_length(len(self.tokenizer.encode(prompt)), len(references), s.text_length, s.prompt_multiple)
+                   for prompt in prompts]
+        for length in sorted(set(lengths)):                     # only one, if there are no references
+            rows = [i for i, found in enumerate(lengths) if found == length]
+            texts = self.encode_text(ids[[*rows, -1], :length])                               # (b + 1, L, D)
+            latents[rows] = generate(self.model, noise[rows].to(self.device), texts[:-1], texts[-1:], steps, guidance, s.shift,
+                                     [r[rows] for r in references], s.image_guidance, progress)           # (b, C, h, w)
+        return self.vae.decode(latents.to(self.model.pos_embed.dtype)).float().clamp(-1, 1)   # (B, 3, H, W)
 
     def edit(self, prompts: Sequence[str], sources: Sequence[Tensor], seed: int = 0, steps: int | None = None,
              guidance: float | None = None, progress: bool = False) -> Tensor:

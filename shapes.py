@@ -26,7 +26,9 @@ from tqdm import tqdm
 SIZE, CELL, MARGIN, JITTER = 64, 20, 2, 1           # pixels: picture, cell, border around the grid, displacement within a cell
 SHAPES = ("circle", "square", "triangle")
 ARROWS = ("up arrow", "right arrow", "down arrow", "left arrow")        # what has a pose; only in pictures of the pose task
-RADII = {"small": 6.5, "large": 9.0}                # pixels; with 5.5 and 8.5 small squares and circles blur into each other
+SIZES = ("small", "large")
+RADII = {"circle": (6.0, 9.0), "square": (6.8, 9.0), "triangle": (6.0, 9.0),     # pixels, small and large; chosen so that no two of
+         **dict.fromkeys(ARROWS, (6.5, 9.0))}                                    # these look alike when they are blurred (README)
 COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220),
           "yellow": (240, 210, 40), "purple": (150, 60, 190), "orange": (245, 130, 30)}
 DEPTHS = {"small": 128, "large": 255}
@@ -58,7 +60,7 @@ class Scene(NamedTuple):
 
 def _random_object(rng: random.Random, cell: int, shapes: Sequence[str] = SHAPES) -> Object:
     shift = range(-JITTER, JITTER + 1)
-    return Object(rng.choice(list(RADII)), rng.choice(list(COLORS)), rng.choice(shapes), cell,
+    return Object(rng.choice(SIZES), rng.choice(list(COLORS)), rng.choice(shapes), cell,
                   (rng.choice(shift), rng.choice(shift)))
 
 
@@ -79,15 +81,19 @@ def held_out(scene: Scene) -> bool:
 
 # ---------------------------------------------------------------- pictures
 
+def _radius(shape: str, size: str) -> float:
+    return RADII[shape][SIZES.index(size)]
+
+
 @functools.cache
 def _distance(shape: str, size: str, shift: tuple[int, int]) -> np.ndarray:
     """Signed distance in pixels to an object's outline, negative inside of it, (CELL, CELL) float32."""
     middle = (CELL - 1) / 2
     y, x = np.mgrid[:CELL, :CELL].astype(np.float32) - middle
-    x, y, r = x - shift[0], y - shift[1], RADII[size]
+    x, y, r = x - shift[0], y - shift[1], _radius(shape, size)
     if shape == "circle":
-        return np.hypot(x, y) - (r - 0.5)
-    if shape == "square":                           # half as large again as the circle: of equal areas, blurred ones look alike
+        return np.hypot(x, y) - r
+    if shape == "square":
         return np.maximum(abs(x), abs(y)) - r
     if shape == "triangle":                         # upright, of height 2 r - 1 and base 2 r
         slope = np.hypot(2 * r - 1, r)
@@ -137,7 +143,7 @@ def depth_map(scene: Scene) -> np.ndarray:
 
 def keypoints(arrow: Object) -> np.ndarray:
     """Tail and tip of an arrow, (2, 2) pixels (right, down) from the corner of its cell."""
-    reach, turns = RADII[arrow.size] - 2.0, ARROWS.index(arrow.shape)
+    reach, turns = _radius(arrow.shape, arrow.size) - 2.0, ARROWS.index(arrow.shape)
     x, y = ((0, -1), (1, 0), (0, 1), (-1, 0))[turns]
     return (CELL - 1) / 2 + np.array(arrow.shift) + reach * np.array([(-x, -y), (x, y)])
 
@@ -158,7 +164,7 @@ def _templates(draw: Callable[[Scene], np.ndarray], shapes: tuple[str, ...], col
     """Everything a cell can show on a background: the objects (None: empty) and their pixels, (K, 20 * 20 * 3)."""
     shifts = list(itertools.product(range(-JITTER, JITTER + 1), repeat=2))
     objects = [None] + [Object(size, color, shape, 0, shift)
-                        for size, color, shape, shift in itertools.product(RADII, colors, shapes, shifts)]
+                        for size, color, shape, shift in itertools.product(SIZES, colors, shapes, shifts)]
     pixels = [draw(Scene((o,) if o else (), background))[_cell_slices(0)] for o in objects]
     return objects, np.stack(pixels).reshape(len(objects), -1).astype(np.float32)             # (K, 1200)
 
@@ -206,7 +212,7 @@ def caption(scene: Scene) -> str:
     return f"{' and '.join(objects)} on a {scene.background} background"
 
 
-_OBJECT = re.compile(f"a ({'|'.join(RADII)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}) at the ({'|'.join(PLACES)})")
+_OBJECT = re.compile(f"a ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}) at the ({'|'.join(PLACES)})")
 _BACKGROUND = re.compile(f"(.*) on a ({'|'.join(BACKGROUNDS)}) background")
 
 
@@ -306,7 +312,7 @@ def random_prompt(rng: random.Random, category: str) -> tuple[str, Scene]:
 # ---------------------------------------------------------------- edits
 
 EDITS = ("recolor", "resize", "move", "remove", "add", "reshape", "background")
-_EDITED = (3, 3, 3, 1.5, 1.5, 4.5, 0.5)              # how often in training: what is hard to do more often
+_EDITED = (3, 3, 3, 1.5, 1.5, 4.5, 0.5)             # how often in training: what is hard to do more often
 
 
 def _with(scene: Scene, old: Object | None, new: Object | None) -> Scene:
@@ -345,7 +351,7 @@ def random_edit(rng: random.Random, scene: Scene, kind: str, keep: Sequence[int]
     if kind == "move":
         cell = rng.choice(empty)
         return f"move {name} to the {PLACES[cell]}", _with(scene, o, o._replace(cell=cell)), {o.cell, cell}
-    field, values = {"recolor": ("color", COLORS), "resize": ("size", RADII), "reshape": ("shape", SHAPES)}[kind]
+    field, values = {"recolor": ("color", COLORS), "resize": ("size", SIZES), "reshape": ("shape", SHAPES)}[kind]
     value = rng.choice([v for v in values if v != getattr(o, field)])
     text = f"turn {name} into a {value}" if kind == "reshape" else f"make {name} {value}"
     return text, _with(scene, o, o._replace(**{field: value})), {o.cell}
@@ -414,7 +420,7 @@ def right_objects(text: str, references: Sequence[Object], found: Scene) -> int:
 # ---------------------------------------------------------------- questions
 
 QUESTIONS = ("count", "what", "exists", "where", "color", "background")
-_ASKED = (4, 1.5, 4, 1.5, 3, 0.3)                   # how often in training: what is hard to answer more often
+_ASKED = (5.5, 1, 4, 1, 3, 0.3)                     # how often in training: what is hard to answer more often
 
 
 def _placed(answer: str, phrase: str, scene: Scene) -> str:
@@ -529,11 +535,10 @@ def _partial_prompts(s: _Split, n: int, pairs: list) -> None:
 
 
 def _edits(s: _Split, n: int, pairs: list) -> None:
-    """In the test half of them one edit, of each kind equally often, the others two or three; in training two thirds one edit."""
+    """Half of them one edit, in the test of each kind equally often, the others two or three."""
     for i in range(n):
-        count, kind = (1, 2, 1, 3)[i % 4], EDITS[i // 2 % len(EDITS)]
-        if s.split == "train":
-            count, kind = (1, 2, 1, 1, 3, 1)[i % 6], s.rng.choices(EDITS, _EDITED)[0]
+        count = (1, 2, 1, 3)[i % 4]
+        kind = EDITS[i // 2 % len(EDITS)] if s.split == "test" else s.rng.choices(EDITS, _EDITED)[0]
         kinds = itertools.chain([kind] * 200, itertools.repeat("background"))
 
         def make() -> tuple:
@@ -592,7 +597,7 @@ def random_training_picture(rng: random.Random) -> np.ndarray:
 
 
 # records of each kind for every full caption: in training, in the test
-_SHARES = {_partial_prompts: (0.4, 0.6), _edits: (0.9, 0.6), functools.partial(_maps, task="edges"): (0.3, 0.6),
+_SHARES = {_partial_prompts: (0.4, 0.6), _edits: (1.3, 0.6), functools.partial(_maps, task="edges"): (0.3, 0.6),
            functools.partial(_maps, task="depth"): (0.15, 0.6), functools.partial(_maps, task="pose"): (0.15, 0.6),
            _compositions: (0.3, 0.6), _questions: (1.0, 1.0)}
 

@@ -112,13 +112,14 @@ class TrainConfig:
 
 _TINY = TrainConfig(                 # both vocabulary sizes become those of the tokenizer that the run trains
     out="runs/tiny",
-    weights="text_to_image=4.5,edits=11,edges=2.2,depth=0.3,pose=0.6,personalisation=3,questions=6", captioned="text_to_image",
+    weights="text_to_image=4.7,edits=12,edges=1.8,depth=0.3,pose=0.5,personalisation=2,questions=7", captioned="text_to_image",
     model=MMDiTConfig(width=128, depth=4, num_heads=4, text_dim=128, position_table=8, qk_norm=True, text_positions=32,
                       number_references=True, align_dims=(256, 128), align_silu=False),
     vae=tiny.VAE_CONFIG,
-    text_encoder=T5Config(dim=128, head_dim=32, ff_dim=256, depth=2, num_heads=4),
-    sampling=SampleSettings(image_size=64, text_length=32, steps=20, guidance=2.0, image_guidance=1.5, shift=1.0, text_steps=16),
-    train_scenes=30_000, test_scenes=510, vae_steps=tiny.VAE_STEPS, teacher_steps=tiny.TEACHER_STEPS, steps=33_000, batch_size=16,
+    text_encoder=T5Config(dim=128, head_dim=32, ff_dim=256, depth=1, num_heads=4),
+    sampling=SampleSettings(image_size=64, text_length=32, prompt_multiple=16, steps=20, guidance=2.0, image_guidance=1.5, shift=1.0,
+                            text_steps=16),
+    train_scenes=30_000, test_scenes=510, vae_steps=tiny.VAE_STEPS, teacher_steps=tiny.TEACHER_STEPS, steps=35_000, batch_size=16,
     accumulation=1, text_weight=0.5, answer_weight=1.0, lr=5e-3, muon_lr=0.025, muon_every=4, beta2=0.95, weight_decay=0.0, warmup=100,
     decay=True, clip=1.0, ema=0.998, align_depth=2, sigma_mean=1.4, cache_latents=True, workers=0, log_every=50, save_every=1000)
 
@@ -252,14 +253,17 @@ def corrupt(batch: Batch, latents: Tensor, text_encoder: T5Encoder, mask_id: int
         sigma = (config.sigma_mean + torch.special.ndtri(stratified(b, generator).clamp(1e-4, 1 - 1e-4))).sigmoid()    # (B,)
         noise = torch.randn(latents.shape, generator=generator, device=device)                               # (B, C, H, W)
         dropped = torch.rand(b, generator=generator, device=device) < config.prompt_dropout                  # (B,)
-        texts["prompts"] = torch.where(dropped[:, None], empty, batch.prompts)                               # (B, L)
+        texts["prompts"] = torch.where(dropped[:, None], empty[:, :batch.prompts.shape[1]], batch.prompts)   # (B, L')
     if batch.tokens is not None:
         t = 0.001 + 0.999 * stratified(b, generator)                                                         # (B,) in (0, 1]
         mask = batch.answer & (torch.rand(batch.tokens.shape, generator=generator, device=device) < t[:, None])   # (B, L)
         texts["masked"] = torch.where(mask, mask_id, batch.tokens)                                           # (B, L)
     if config.cross_unseen and len(texts) == 2:
         texts |= {"captions": batch.tokens, "empty": empty.expand_as(batch.tokens)}                          # (B, L)
-    encoded = dict(zip(texts, text_encoder(torch.cat(list(texts.values()))).split(b)))                       # (B, L, D) each
+    if len({ids.shape for ids in texts.values()}) == 1:
+        encoded = dict(zip(texts, text_encoder(torch.cat(list(texts.values()))).split(b)))                   # (B, L, D) each
+    else:                                                       # a short prompt beside a caption
+        encoded = {name: text_encoder(ids) for name, ids in texts.items()}                                   # (B, L' or L, D)
     return Corrupted(latents, tuple(references), noise, sigma, encoded.get("prompts"), batch.tokens, mask, batch.answer, t,
                      encoded.get("masked"), batch.features, encoded.get("captions"), encoded.get("empty"))
 
@@ -433,11 +437,12 @@ def prepare_apart(config: TrainConfig, run: Path) -> None:
 
 
 @torch.no_grad()
-def encode_all(dataset: Tasks, vae: VAE, device: torch.device) -> Tensor:
+def encode_all(dataset: Tasks, vae: VAE, device: torch.device, autocast: bool) -> Tensor:
     """Mean latents of every picture of a dataset, (n, C, h, w) float32 on the CPU."""
     chunks = [dataset.paths[i:i + 64] for i in range(0, len(dataset.paths), 64)]
-    return torch.cat([vae.encode(torch.stack([load_image(path, dataset.image_size) for path in chunk]).to(device)).float().cpu()
-                      for chunk in tqdm(chunks, desc="encoding pictures", unit="batch", leave=False)])
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        return torch.cat([vae.encode(torch.stack([load_image(path, dataset.image_size) for path in chunk]).to(device)).float().cpu()
+                          for chunk in tqdm(chunks, desc="encoding pictures", unit="batch", leave=False)])
 
 
 def teacher_features(examples: list[Example], teacher_path: Path, folder: Path, image_size: int, width: int,
@@ -520,7 +525,7 @@ def load_frozen(config: TrainConfig, parts: Parts, device: torch.device) -> tupl
 def load_tasks(config: TrainConfig, parts: Parts, tokenizer: T5Tokenizer, ranks: Ranks) -> Tasks:
     """The data in its tasks, whose shares the first rank prints."""
     dataset = Tasks([e for path in parts.data for e in read_jsonl(path)], tokenizer, config.sampling.image_size,
-                    config.sampling.text_length, config.weights, config.captioned)
+                    config.sampling.text_length, config.weights, config.captioned, config.sampling.prompt_multiple)
     if ranks.first:
         shares = {}
         for group in dataset.groups:
@@ -610,7 +615,7 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
     optimizers = make_optimizers(model, config)
     step, seconds, unfinished = load_optimizers(optimizers, resumed, ranks.world) if resumed else (0, 0.0, None)
     if config.cache_latents and step < config.steps:
-        dataset.latents = encode_all(dataset, vae, device)
+        dataset.latents = encode_all(dataset, vae, device, config.autocast)
     objective = Objective(model, config)
     wrapped = objective
     if ranks.world > 1:
@@ -640,7 +645,9 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
                         found = wrapped(corrupt(batch, latents, text_encoder, tokenizer.mask_id, empty, generator, config))
                     (found["loss"] / config.accumulation).backward()
                 metrics.add(batch.task, found)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            if norm > config.clip:
+                nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, norm)
             if not norm.isfinite():
                 raise SystemExit(f"step {step}: the gradient is not finite ({norm.item()}); lower --lr or --muon_lr. "
                                  f"The last good checkpoint is in {run}")

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import data
-from data import Batch, BatchOrder, Example, Group, Tasks, load_image, parse_weights, read_jsonl, to_pictures
+from data import Batch, BatchOrder, Example, Group, Tasks, load_image, parse_weights, prompt_length, read_jsonl, to_pictures
 
 
 @pytest.fixture
@@ -423,6 +423,8 @@ def test_weights_that_are_none(text):
 class Letters:
     """A tokenizer for the tests: the code points of a text, "_" at the end and as padding."""
 
+    eos_id = ord("_")
+
     def __call__(self, texts, length):
         return torch.tensor([[ord(c) for c in text.ljust(length, "_")[:length]] for text in texts])
 
@@ -469,6 +471,33 @@ def test_groups_are_by_task_and_number_of_sources(records):
     assert sorted(i for group in dataset.groups for i in group.indices) == list(range(12))
     for group in dataset.groups:
         assert {dataset.examples[i].task for i in group.indices} == {group.task}
+
+
+@pytest.mark.parametrize("tokens, sources, longest, multiple, expected", [
+    (1, 1, 32, 16, 16), (16, 1, 32, 16, 16), (17, 2, 32, 16, 32), (40, 1, 32, 16, 32), (16, 0, 32, 16, 32), (3, 1, 32, 0, 32), (3, 1, 10, 16, 10)])
+def test_length_of_a_prompt(tokens, sources, longest, multiple, expected):
+    assert prompt_length(tokens, sources, longest, multiple) == expected
+
+
+def test_impossible_multiple():
+    with pytest.raises(ValueError, match="prompt_multiple = -3"):
+        prompt_length(4, 1, 32, -3)
+
+
+def test_prompts_about_pictures_are_padded_little(records):
+    """Instructions of two lengths are two groups, which share their task's weight; what has no source pictures stays as long as it was."""
+    short = records[6]._replace(prompt="x")
+    dataset = tasks([*records, short], prompt_multiple=2, captioned="text_to_image,all", weights="edits=3,*=1")
+    lengths = collections.Counter()
+    for group in dataset.groups:
+        batch = dataset.__getitems__(group.indices)
+        if batch.prompts is not None:
+            assert letters(batch.prompts) == [dataset.examples[i].prompt.ljust(batch.prompts.shape[1], "_") for i in group.indices]
+            lengths[group.task, len(dataset.examples[group.indices[0]].sources), batch.prompts.shape[1], round(group.weight, 4)] += len(group.indices)
+        if batch.tokens is not None:
+            assert batch.tokens.shape[1] == 6
+    assert lengths == {("text_to_image", 0, 6, 1): 4, ("edits", 1, 4, 2): 2, ("edits", 1, 2, 1): 1, ("edges", 1, 6, 1): 1,
+                       ("all", 1, 2, 0.6667): 2, ("all", 3, 4, 0.3333): 1}
 
 
 def test_groups_have_the_weights_of_their_tasks(records):

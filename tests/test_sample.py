@@ -368,6 +368,23 @@ def test_references_change_a_picture(run):
     assert (pipeline.draw([PROMPT], references=[source]) - pipeline.draw([PROMPT])).abs().max() > 1e-3
 
 
+def test_prompts_about_pictures_are_padded_little(run):
+    """Mixed lengths in one call, in any order: each picture is what its prompt alone gives, from a text of its own length."""
+    pipeline, seen = Pipeline.from_run(run), []
+    pipeline.settings = replace(pipeline.settings, prompt_multiple=16)
+    prompts, source = [PROMPT, "red", "a circle at the top left", "on a gray background"], torch.rand(4, 3, 32, 32, generator=seeded()) * 2 - 1
+    encode = pipeline.text_encoder.forward
+    pipeline.text_encoder.forward = lambda ids: seen.append(tuple(ids.shape)) or encode(ids)
+    together = pipeline.edit(prompts, [source], seed=3)
+    lengths = [min(48, -(-len(pipeline.tokenizer.encode(prompt)) // 16) * 16) for prompt in prompts]
+    assert sorted(seen) == sorted((1 + lengths.count(length), length) for length in set(lengths)) and len(seen) > 1
+    for i, prompt in enumerate(prompts):
+        torch.testing.assert_close(pipeline.edit([prompt], [source[i:i + 1]], seed=3 + i), together[i:i + 1], rtol=0, atol=1e-4)
+    seen.clear()
+    pipeline.draw(prompts)
+    assert seen == [(5, 48)]                                                                  # no source pictures, no difference
+
+
 def test_out_names_a_file_or_a_folder(run, inside):
     main([PROMPT, "--run", str(run), "--out", "deep/er/circle.png"])
     before = (inside / "deep/er/circle.png").read_bytes()

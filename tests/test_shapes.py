@@ -14,7 +14,7 @@ from PIL import Image
 
 import shapes
 from data import read_jsonl
-from shapes import ARROWS, BACKGROUNDS, CATEGORIES, COLORS, EDITS, PLACES, QUESTIONS, RADII, SHAPES, Object, Scene, caption, depth_map, \
+from shapes import ARROWS, BACKGROUNDS, CATEGORIES, COLORS, EDITS, PLACES, QUESTIONS, RADII, SHAPES, SIZES, Object, Scene, caption, depth_map, \
     edge_map, edit_kind, held_out, keypoints, make_world, parse_caption, pose_map, prompt_category, question_kind, random_composition, \
     random_edit, random_edits, random_prompt, random_question, random_scene, random_training_picture, read_picture, read_pose, render, \
     right_objects, satisfies
@@ -37,7 +37,7 @@ def test_five_hundred_pictures_are_read_back_exactly():
 
 
 def test_every_object_is_told_from_every_other():
-    for i, (size, color, shape) in enumerate((s, c, f) for s in RADII for c in COLORS for f in SHAPES):
+    for i, (size, color, shape) in enumerate((s, c, f) for s in SIZES for c in COLORS for f in SHAPES):
         for background in BACKGROUNDS:
             scene = Scene((Object(size, color, shape, i % 9, (i % 3 - 1, i // 3 % 3 - 1)),), background)
             assert read_picture(render(scene))[0] == scene
@@ -77,7 +77,7 @@ def test_render_draws_what_the_scene_says():
     assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
     assert tuple(picture[12, 52]) == COLORS["blue"] and tuple(picture[52, 12]) == COLORS["yellow"]    # centres of top right, bottom left
     assert tuple(picture[32, 32]) == tuple(picture[0, 0]) == BACKGROUNDS["black"]
-    assert (picture[52, :, 0] > 127).sum() == 16 and (picture[12, :, 2] > 118).sum() == 12    # as wide as they are, less outlines
+    assert (picture[52, :, 0] > 127).sum() == 18 and (picture[12, :, 2] > 118).sum() == 14    # as wide as they are, less outlines
 
 
 def test_shift_moves_right_and_down():
@@ -111,7 +111,7 @@ def test_poses_are_read_back_exactly():
 @pytest.mark.parametrize("arrow, way", list(zip(ARROWS, ((0, -1), (1, 0), (0, 1), (-1, 0)))))
 def test_arrows_point_where_their_name_says(arrow, way):
     """The wide half of the picture and the green end of the pose map are on the side that the name tells."""
-    for size, shift in itertools.product(RADII, ((0, 0), (1, -1), (-1, 0))):
+    for size, shift in itertools.product(SIZES, ((0, 0), (1, -1), (-1, 0))):
         o = Object(size, "yellow", arrow, 4, shift)
         tail, tip = keypoints(o)
         assert np.array_equal(np.sign(tip - tail), way) and np.allclose((tip + tail) / 2, 9.5 + np.array(shift))
@@ -129,7 +129,7 @@ def test_arrows_point_where_their_name_says(arrow, way):
 
 
 def test_arrows_are_turns_of_one_another():
-    for size in RADII:
+    for size in SIZES:
         up, right, down, left = (shapes.coverage(arrow, size, (0, 0)) for arrow in ARROWS)
         for turns, other in ((1, right), (2, down), (3, left)):
             assert np.allclose(np.rot90(up, -turns), other, atol=1e-5) and not np.allclose(up, other, atol=0.5)
@@ -166,7 +166,7 @@ def test_edges_of_a_known_scene():
 
 def test_edges_tell_shape_size_and_place():
     drawn = {}
-    for size, shape, cell in itertools.product(RADII, SHAPES, (0, 4)):
+    for size, shape, cell in itertools.product(SIZES, SHAPES, (0, 4)):
         drawn[edge_map(Scene((Object(size, "red", shape, cell),), "gray")).tobytes()] = size, shape, cell
     assert len(drawn) == 12
 
@@ -237,7 +237,7 @@ def test_held_out_depends_on_the_objects_alone():
     for scene in scenes(200, seed=3):
         moved = tuple(o._replace(shift=(0, 0)) for o in reversed(scene.objects))
         assert {held_out(Scene(objects, background)) for objects in (scene.objects, moved) for background in BACKGROUNDS} == {held_out(scene)}
-    one = [Scene((Object(size, color, shape, cell),), "gray") for size in RADII for color in COLORS for shape in SHAPES for cell in range(9)]
+    one = [Scene((Object(size, color, shape, cell),), "gray") for size in SIZES for color in COLORS for shape in SHAPES for cell in range(9)]
     assert 0.05 < np.mean([held_out(s) for s in one]) < 0.15
 
 
@@ -318,9 +318,9 @@ PLACE = "|".join(sorted(PLACES, key=len, reverse=True))
 OBJECT_NAME = f"(?:the (?P<place>{PLACE}) object|the (?P<color>{'|'.join(COLORS)}) (?P<shape>{'|'.join(SHAPES)}))"
 INSTRUCTIONS = {
     "background": f"make the background (?P<new>{'|'.join(BACKGROUNDS)})", "recolor": f"make {OBJECT_NAME} (?P<new>{'|'.join(COLORS)})",
-    "resize": f"make {OBJECT_NAME} (?P<new>{'|'.join(RADII)})", "reshape": f"turn {OBJECT_NAME} into a (?P<new>{'|'.join(SHAPES)})",
+    "resize": f"make {OBJECT_NAME} (?P<new>{'|'.join(SIZES)})", "reshape": f"turn {OBJECT_NAME} into a (?P<new>{'|'.join(SHAPES)})",
     "move": f"move {OBJECT_NAME} to the (?P<new>{PLACE})", "remove": f"remove {OBJECT_NAME}",
-    "add": f"add a (?P<size>{'|'.join(RADII)}) (?P<color>{'|'.join(COLORS)}) (?P<shape>{'|'.join(SHAPES)}) at the (?P<new>{PLACE})"}
+    "add": f"add a (?P<size>{'|'.join(SIZES)}) (?P<color>{'|'.join(COLORS)}) (?P<shape>{'|'.join(SHAPES)}) at the (?P<new>{PLACE})"}
 
 
 def follow(instruction, scene):
@@ -739,9 +739,9 @@ def test_run_alone(tmp_path):
 
 
 def test_coverage_is_between_nothing_and_everything():
-    for size in RADII:
+    for size in SIZES:
         area = [shapes.coverage(shape, size, (0, 0)) for shape in SHAPES]
         assert all(a.min() == 0 and a.max() == 1 for a in area)
         circle, square, triangle = (a.sum() for a in area)
-        r = RADII[size]
-        assert abs(circle / (np.pi * (r - 0.5) ** 2) - 1) < 0.05 and abs(square / (2 * r) ** 2 - 1) < 0.05 and abs(triangle / (r * (2 * r - 1)) - 1) < 0.1
+        a, b, c = (RADII[shape][SIZES.index(size)] for shape in SHAPES)
+        assert abs(circle / (np.pi * a ** 2) - 1) < 0.05 and abs(square / (2 * b) ** 2 - 1) < 0.05 and abs(triangle / (c * (2 * c - 1)) - 1) < 0.1

@@ -249,6 +249,25 @@ def corrupted(config: train.TrainConfig, references: int = 0, writes: bool = Tru
 CONFIG = train.TrainConfig(align_depth=1, prompt_dropout=0.5)
 
 
+@pytest.mark.parametrize("writes", [False, True])
+def test_short_prompts_stay_short(writes):
+    """Beside longer texts or alone: T5 sees a prompt of three tokens, empty ones are as short, and the loss can be computed."""
+    seen = []
+
+    def encoder(ids):
+        seen.append(ids)
+        return ids[..., None].float().expand(-1, -1, 16)
+
+    _, model = corrupted(CONFIG)
+    tokens = torch.randint(3, 49, (4, 6)) if writes else None
+    batch = Batch("any", None, None, torch.full((4, 3), 7), tokens, torch.ones(4, 6, dtype=torch.bool) if writes else None, None)
+    c = train.corrupt(batch, torch.randn(4, 2, 4, 8, 8), encoder, 49, torch.ones(1, 6, dtype=torch.int64), torch.Generator().manual_seed(1), CONFIG)
+    assert [tuple(ids.shape) for ids in seen] == [(4, 3), (4, 6)][:1 + writes]
+    assert {tuple(row) for row in seen[0].tolist()} == {(1, 1, 1), (7, 7, 7)} and torch.equal(c.prompts[..., 0], seen[0].float())
+    assert c.masked is None or torch.equal(c.masked[..., 0], seen[1].float())
+    assert train.Objective(model, CONFIG)(c)["loss"].isfinite()
+
+
 def test_one_pass_and_two_passes_have_the_same_losses():
     """Without source pictures both branches share a pass; each of them alone gives the same."""
     c, model = corrupted(CONFIG)
