@@ -687,4 +687,4 @@ def test_parts_of_released_layouts_in_place_of_a_run(run, inside):
 
 
 def test_defaults_are_the_released_models():
-    assert SampleSettings() == SampleSettings(512, 256, 1, 28, 7.0, 1.0, 3.0, 64)
+    assert SampleSettings() == SampleSettings(512, 256, 0, 1, 28, 7.0, 1.0, 3.0, 64)
