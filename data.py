@@ -159,6 +159,11 @@ class Batch(NamedTuple):
         return Batch(*(move(x) for x in self))
 
 
+def text_lengths(ids: Tensor, eos_id: int) -> list[int]:
+    """How many tokens each row of padded ids (n, L) has, its first </s> included."""
+    return ((ids == eos_id).int().argmax(dim=1) + 1).tolist()
+
+
 def prompt_length(tokens: int, sources: int, longest: int, multiple: int) -> int:
     """To how many tokens a prompt of `tokens` is padded: one about source pictures to a multiple of `multiple`, any other (and any
     with multiple 0) to `longest`. Instructions are short, and their padding is a tenth of the work on them.
@@ -214,9 +219,8 @@ class Tasks(Dataset):
             if "<extra_id_0>" in f"{e.prompt} {e.question} {e.caption}":
                 raise ValueError(f"the text of {e.image} holds the mask token <extra_id_0>; remove it")
         self.prompts = tokenizer([e.prompt or "" for e in self.examples], length=text_length).int()                  # (n, L)
-        ends = (self.prompts == tokenizer.eos_id).int().argmax(dim=1)                                                # (n,)
-        self.lengths = [prompt_length(end + 1, len(e.sources), text_length, prompt_multiple)
-                        for end, e in zip(ends.tolist(), self.examples)]
+        self.lengths = [prompt_length(tokens, len(e.sources), text_length, prompt_multiple)
+                        for tokens, e in zip(text_lengths(self.prompts, tokenizer.eos_id), self.examples)]
         sizes = collections.Counter(e.task for e in self.examples)
         members: dict[tuple, list[int]] = {}
         for i, e in enumerate(self.examples):

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import make_config, read_json
-from data import load_image, prompt_length, to_pictures
+from data import load_image, prompt_length, text_lengths, to_pictures
 from model import MMDiT
 from text_encoder import T5Encoder, T5Tokenizer
 from vae import VAE
@@ -225,8 +225,8 @@ class Pipeline:
         noise = torch.stack([torch.randn(self.model.config.latent_channels, side, side,
                                          generator=torch.Generator().manual_seed(seed + i)) for i in range(len(prompts))])
         ids, latents = self.tokenizer([*prompts, ""], length=s.text_length), torch.empty_like(noise, device=self.device)
-        lengths = [prompt_length(len(self.tokenizer.encode(prompt)), len(references), s.text_length, s.prompt_multiple)
-                   for prompt in prompts]
+        lengths = [prompt_length(tokens, len(references), s.text_length, s.prompt_multiple)
+                   for tokens in text_lengths(ids[:-1], self.tokenizer.eos_id)]
         for length in sorted(set(lengths)):                     # only one, if there are no references
             rows = [i for i, found in enumerate(lengths) if found == length]
             texts = self.encode_text(ids[[*rows, -1], :length])                               # (b + 1, L, D)

@@ -645,9 +645,7 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
                         found = wrapped(corrupt(batch, latents, text_encoder, tokenizer.mask_id, empty, generator, config))
                     (found["loss"] / config.accumulation).backward()
                 metrics.add(batch.task, found)
-            norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-            if norm > config.clip:
-                nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, norm)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             if not norm.isfinite():
                 raise SystemExit(f"step {step}: the gradient is not finite ({norm.item()}); lower --lr or --muon_lr. "
                                  f"The last good checkpoint is in {run}")
