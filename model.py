@@ -23,7 +23,7 @@ from checkpoint import Checkpoint, Source, load, make_config
 
 @dataclass(frozen=True)
 class MMDiTConfig:
-    """The defaults are the released 2B model's; the last five are options that released weights do not have."""
+    """The defaults are the released 2B model's; the last six are options that released weights do not have."""
     latent_channels: int = 16
     patch_size: int = 2
     width: int = 1536
@@ -37,6 +37,7 @@ class MMDiTConfig:
     align_silu: bool = True         # the released alignment heads end in a SiLU
     qk_norm: bool = False           # layer norm on queries and keys (2302.05442); an RMS norm trains alike, but has no fused CPU kernel
     text_positions: int = 0         # length of a learned position embedding on the text stream, 0: none
+    exact_gelu: bool = False        # by the error function, not by tanh: the same within 0.0005, four times as fast on CPU
     number_references: bool = False     # tell source pictures apart by their number; else they are a set, and "picture 2" means nothing
 
     def __post_init__(self):
@@ -127,7 +128,7 @@ class Stream(nn.Module):
     def __init__(self, config: MMDiTConfig):
         super().__init__()
         d = config.width
-        self.num_heads = config.num_heads
+        self.num_heads, self.approximate = config.num_heads, "none" if config.exact_gelu else "tanh"
         self.modulation = nn.Linear(d, 6 * d)
         self.qkv = nn.Linear(d, 3 * d)
         self.proj = nn.Linear(d, d)
@@ -151,7 +152,7 @@ class Stream(nn.Module):
         x, attended = x[wanted], attended[wanted]                                             # (b, n, D)
         attention_m, mlp_m = (Modulation(*(part[wanted] for part in m)) for m in (attention_m, mlp_m))    # (b, 1, D)
         x = torch.addcmul(x, attention_m.gate, self.proj(attended))                           # (B, N, D)
-        hidden = F.gelu(self.fc1(modulate(x, mlp_m)), approximate="tanh")                     # (B, N, 4 D)
+        hidden = F.gelu(self.fc1(modulate(x, mlp_m)), approximate=self.approximate)            # (B, N, 4 D)
         return torch.addcmul(x, mlp_m.gate, self.fc2(hidden))                                 # (B, N, D)
 
 

@@ -535,9 +535,9 @@ def _partial_prompts(s: _Split, n: int, pairs: list) -> None:
 
 
 def _edits(s: _Split, n: int, pairs: list) -> None:
-    """In the test half of them one edit, of each kind equally often, the others two or three; in training half of them three."""
+    """Half of them one edit, in the test of each kind equally often, the others two or three."""
     for i in range(n):
-        count = ((1, 2, 1, 3) if s.split == "test" else (1, 2, 3, 3))[i % 4]
+        count = (1, 2, 1, 3)[i % 4]
         kind = EDITS[i // 2 % len(EDITS)] if s.split == "test" else s.rng.choices(EDITS, _EDITED)[0]
         kinds = itertools.chain([kind] * 200, itertools.repeat("background"))
 

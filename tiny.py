@@ -29,7 +29,7 @@ from teacher import ContrastiveTeacher, ContrastiveTeacherConfig
 from vae import VAE, VAEConfig
 
 VAE_CONFIG = VAEConfig(block_channels=(48, 48), layers_per_block=1, norm_groups=1, mid_attention=False, stem=4)
-VAE_STEPS, TEACHER_STEPS = 4000, 400
+VAE_STEPS, TEACHER_STEPS = 5000, 400
 
 
 def train_tokenizer(texts: list[str], path: Path) -> None:

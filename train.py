@@ -90,6 +90,7 @@ class TrainConfig:
     decay: bool = _field(False, "linear decay to zero at the end, else constant")
     clip: float = _field(2.0, "norm of the mean gradient")
     ema: float = _field(0.9995, "decay of the averaged weights")
+    ema_every: int = _field(1, "the averaged weights follow in each so-many-th step, then as far as in so many")
     sigma_mean: float = _field(0.0, "of the logit of sigma, whose spread is 1; more than 0: noisier pictures, of which a prompt says more")
     prompt_dropout: float = _field(0.1, "share of empty prompts in the image branch, for guidance")
     text_weight: float = _field(0.2, "of equation (2) in equation (5)")
@@ -112,16 +113,16 @@ class TrainConfig:
 
 _TINY = TrainConfig(                 # both vocabulary sizes become those of the tokenizer that the run trains
     out="runs/tiny",
-    weights="text_to_image=5,edits=13,edges=1.8,depth=0.3,pose=0.5,personalisation=2,questions=6.5", captioned="text_to_image",
+    weights="text_to_image=5,edits=12.6,edges=1.8,depth=0.3,pose=0.5,personalisation=2,questions=6.5", captioned="text_to_image",
     model=MMDiTConfig(width=128, depth=4, num_heads=4, text_dim=128, position_table=8, qk_norm=True, text_positions=32,
-                      number_references=True, align_dims=(256, 128), align_silu=False),
+                      number_references=True, exact_gelu=True, align_dims=(256, 128), align_silu=False),
     vae=tiny.VAE_CONFIG,
     text_encoder=T5Config(dim=128, head_dim=32, ff_dim=256, depth=2, num_heads=4),
     sampling=SampleSettings(image_size=64, text_length=32, prompt_multiple=16, steps=20, guidance=2.0, image_guidance=1.5, shift=1.0,
                             text_steps=16),
-    train_scenes=30_000, test_scenes=510, vae_steps=tiny.VAE_STEPS, teacher_steps=tiny.TEACHER_STEPS, steps=31_500, batch_size=16,
+    train_scenes=30_000, test_scenes=510, vae_steps=tiny.VAE_STEPS, teacher_steps=tiny.TEACHER_STEPS, steps=35_000, batch_size=16,
     accumulation=1, text_weight=0.5, answer_weight=1.0, lr=5e-3, muon_lr=0.025, muon_every=4, beta2=0.95, weight_decay=0.0, warmup=100,
-    decay=True, clip=1.0, ema=0.998, align_depth=2, sigma_mean=1.4, cache_latents=True, workers=0, log_every=50, save_every=1000)
+    decay=True, clip=1.0, ema=0.998, ema_every=4, align_depth=2, sigma_mean=1.4, cache_latents=True, workers=0, log_every=50, save_every=1000)
 
 PRESETS = {
     "tiny": _TINY,
@@ -196,9 +197,11 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """Exponential moving average of the weights, with a shorter memory at the beginning."""
-    decay = min(decay, (1 + step) / (10 + step))
+def update_average(average: nn.Module, model: nn.Module, step: int, decay: float, every: int) -> None:
+    """Exponential moving average of the weights, in each `every`-th step, with a shorter memory at the beginning."""
+    if step % every:
+        return
+    decay = min(decay, (1 + step) / (10 + step)) ** every
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
@@ -654,7 +657,7 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
                     group["lr"] = group["base_lr"] * learning_rate_scale(step, config)
                 optimizer.step()
                 optimizer.zero_grad()
-            update_average(average, model, step, config.ema)
+            update_average(average, model, step, config.ema, config.ema_every)
             step += 1
             bar.update()
 

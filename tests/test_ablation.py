@@ -55,8 +55,8 @@ def test_an_interrupted_run_continues(out, monkeypatch):
     """A signal saves and leaves no results; the same call then ends with the averages of a run that was never stopped."""
     real = train.update_average
 
-    def interrupted(average, model, step, decay):
-        real(average, model, step, decay)
+    def interrupted(average, model, step, *settings):
+        real(average, model, step, *settings)
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 

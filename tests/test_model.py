@@ -240,6 +240,23 @@ def test_every_option_does_something(tiny):
         assert not torch.allclose(found.image_mid, reference.image_mid, atol=1e-3), changes
 
 
+def test_exact_gelu_is_nearly_the_same(tiny):
+    exact = MMDiT(dataclasses.replace(OPTIONS, exact_gelu=True))
+    exact.load_state_dict(tiny.state_dict())
+    found, reference = exact(*some_inputs()).velocity, tiny(*some_inputs()).velocity
+    assert 0 < (found - reference).norm() < 1e-2 * reference.norm()
+
+
+def test_streams_are_in_full_precision_under_autocast(tiny):
+    inputs, seen = some_inputs(), []
+    tiny.blocks[0].register_forward_hook(lambda block, given, streams: seen.extend((*given[:2], *streams)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tiny(*inputs).velocity, tiny(None, *inputs[1:], want=("logits",)).logits
+    assert len(seen) == 8 and all(x.dtype == torch.float32 for x in seen)
+    expected = tiny(*inputs).velocity, tiny(None, *inputs[1:], want=("logits",)).logits
+    assert all((a.float() - b).norm() < 0.05 * b.norm() for a, b in zip(found, expected))
+
+
 def test_text_positions_tell_equal_tokens_apart(tiny):
     latents, text, timestep = some_inputs()
     text = text[:, :1].expand(-1, 7, -1)                                                      # a fully masked caption looks like this

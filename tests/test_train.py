@@ -58,8 +58,8 @@ def interrupt(monkeypatch, after: int) -> None:
     """Send SIGTERM to this process in the middle of step `after`."""
     real = train.update_average
 
-    def update(average, model, step, decay):
-        real(average, model, step, decay)
+    def update(average, model, step, *settings):
+        real(average, model, step, *settings)
         if step + 1 == after:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -446,6 +446,16 @@ def test_schedule():
     scales = [train.learning_rate_scale(step, config) for step in range(100)]
     assert scales[0] == pytest.approx(0.1) and max(scales) <= 1 and scales[99] == pytest.approx(0.01)
     assert train.learning_rate_scale(5000, train.TrainConfig()) == 1.0
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_average_of_so_many_steps(every):
+    """Towards weights that stay as they are the average has come equally far, if it follows in each step or in each fourth."""
+    model, average = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    start = average.weight - model.weight
+    for step in range(1000, 1040):
+        train.update_average(average, model, step, 0.98, every)
+    torch.testing.assert_close(average.weight - model.weight, start * 0.98 ** 40, rtol=1e-3, atol=1e-6)
 
 
 def test_stratified_numbers_are_spread_evenly():
