@@ -266,11 +266,15 @@ def held_out_examples(run: Path) -> list[Example]:
 
 
 def evaluate_run(run: Path, device: str | torch.device = "cpu") -> dict:
-    """Score a shapes run's newest checkpoint; writes scores.json, samples.png and other tasks' samples_TASK.png, report.html."""
-    start = time.time()
+    """Score a shapes run's newest checkpoint; writes scores.json, samples.png and other tasks' samples_TASK.png, report.html.
+
+    The run may still be training, and then has no seconds.json yet if its parts are another run's.
+    """
+    start, file = time.time(), run / "seconds.json"
+    prepared = json.loads(file.read_text()) if file.exists() else {}
     pipeline = Pipeline.from_run(run, device=device)
     scores, samples = score_shapes(pipeline, held_out_examples(run))
-    seconds = json.loads((run / "seconds.json").read_text()) | {"evaluation": round(time.time() - start, 1)}
+    seconds = prepared | {"evaluation": round(time.time() - start, 1)}
     scores = {"seconds": {"total": round(sum(seconds.values()), 1)} | seconds} | scores
     write_atomically(run / "scores.json", lambda file: file.write_text(json.dumps(scores, indent=2) + "\n"))
     for name, sections in samples.items():
