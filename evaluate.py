@@ -265,16 +265,18 @@ def held_out_examples(run: Path) -> list[Example]:
     return [e for e in read_jsonl(world / "test.jsonl") if weights.get(e.task, weights.get("*", 0.0))]
 
 
-def evaluate_run(run: Path, device: str | torch.device = "cpu") -> dict:
-    """Score a shapes run's newest checkpoint; writes scores.json, samples.png and other tasks' samples_TASK.png, report.html.
+def read_seconds(run: Path) -> dict[str, float]:
+    """How long each phase of a run took; empty where none has ended yet, as while a run with the parts of another is training."""
+    file = run / "seconds.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
-    The run may still be training, and then has no seconds.json yet if its parts are another run's.
-    """
-    start, file = time.time(), run / "seconds.json"
-    prepared = json.loads(file.read_text()) if file.exists() else {}
+
+def evaluate_run(run: Path, device: str | torch.device = "cpu") -> dict:
+    """Score a shapes run's newest checkpoint; writes scores.json, samples.png and other tasks' samples_TASK.png, report.html."""
+    start = time.time()
     pipeline = Pipeline.from_run(run, device=device)
     scores, samples = score_shapes(pipeline, held_out_examples(run))
-    seconds = prepared | {"evaluation": round(time.time() - start, 1)}
+    seconds = read_seconds(run) | {"evaluation": round(time.time() - start, 1)}
     scores = {"seconds": {"total": round(sum(seconds.values()), 1)} | seconds} | scores
     write_atomically(run / "scores.json", lambda file: file.write_text(json.dumps(scores, indent=2) + "\n"))
     for name, sections in samples.items():

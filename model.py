@@ -152,7 +152,7 @@ class Stream(nn.Module):
         x, attended = x[wanted], attended[wanted]                                             # (b, n, D)
         attention_m, mlp_m = (Modulation(*(part[wanted] for part in m)) for m in (attention_m, mlp_m))    # (b, 1, D)
         x = torch.addcmul(x, attention_m.gate, self.proj(attended))                           # (B, N, D)
-        hidden = F.gelu(self.fc1(modulate(x, mlp_m)), approximate=self.approximate)            # (B, N, 4 D)
+        hidden = F.gelu(self.fc1(modulate(x, mlp_m)), approximate=self.approximate)           # (B, N, 4 D)
         return torch.addcmul(x, mlp_m.gate, self.fc2(hidden))                                 # (B, N, D)
 
 

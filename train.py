@@ -39,7 +39,7 @@ import shapes
 import tiny
 from checkpoint import Checkpoint, make_config, read_json, save, write_atomically
 from data import Batch, BatchOrder, Example, Tasks, load_image, parse_weights, read_jsonl, to_pictures
-from evaluate import evaluate_run, print_scores
+from evaluate import evaluate_run, print_scores, read_seconds
 from losses import contrastive_loss, flow_matching_loss, intrinsic_loss, masked_token_loss, total_loss
 from model import MMDiT, MMDiTConfig, Output
 from muon import Muon
@@ -122,7 +122,8 @@ _TINY = TrainConfig(                 # both vocabulary sizes become those of the
                             text_steps=16),
     train_scenes=30_000, test_scenes=510, vae_steps=tiny.VAE_STEPS, teacher_steps=tiny.TEACHER_STEPS, steps=35_000, batch_size=16,
     accumulation=1, text_weight=0.5, answer_weight=1.0, lr=5e-3, muon_lr=0.025, muon_every=4, beta2=0.95, weight_decay=0.0, warmup=100,
-    decay=True, clip=1.0, ema=0.998, ema_every=4, align_depth=2, sigma_mean=1.4, cache_latents=True, workers=0, log_every=50, save_every=1000)
+    decay=True, clip=1.0, ema=0.998, ema_every=4, align_depth=2, sigma_mean=1.4, cache_latents=True, workers=0, log_every=50,
+    save_every=1000)
 
 PRESETS = {
     "tiny": _TINY,
@@ -390,11 +391,11 @@ def parts_of(config: TrainConfig, run: Path) -> Parts:
 @contextlib.contextmanager
 def timed(run: Path, phase: str):
     """Add the seconds of a phase to the run's seconds.json."""
-    start, file = time.time(), run / "seconds.json"
+    start = time.time()
     yield
-    seconds = json.loads(file.read_text()) if file.exists() else {}
+    seconds = read_seconds(run)
     seconds[phase] = round(seconds.get(phase, 0.0) + time.time() - start, 1)
-    write_atomically(file, lambda f: f.write_text(json.dumps(seconds)))
+    write_atomically(run / "seconds.json", lambda f: f.write_text(json.dumps(seconds)))
 
 
 def missing_parts(config: TrainConfig, run: Path) -> list[str]:
