@@ -138,7 +138,7 @@ def to_pictures(images: Tensor) -> np.ndarray:
 
 def to_images(pictures: Sequence[np.ndarray]) -> Tensor:
     """The inverse of `to_pictures`: (n, 3, H, W) float32 in [-1, 1] of pictures (H, W, 3) uint8."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
+    return (torch.from_numpy(np.stack(pictures)).float() / 127.5 - 1).permute(0, 3, 1, 2)
 
 
 # ---------------------------------------------------------------- batches

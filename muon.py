@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): a matrix's momentum, made orthogonal, is its update.
 
 The same steps as torch.optim.Muon, but matrices of one shape are made orthogonal together: one batched product where that has one
-for each matrix, less than half its time on two cores (README). The tiny preset trains the matrices of its blocks with it.
+for each matrix, less than half its time on two cores (docs/choices.md). The tiny preset trains the matrices of its blocks with it.
 
 Run alone to see what the iteration does to singular values:   python muon.py
 """

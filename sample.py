@@ -244,7 +244,7 @@ class Pipeline:
         """Captions of images (B, 3, H, W) in [-1, 1], or the answers to one question about each.
 
         order: as `describe` has it; None writes captions by confidence and answers from the left. By confidence an answer gets its
-        end first, and with it a length, which decides between "no" and "yes at the center" before either is looked up (README).
+        end first, and with it a length, which decides between "no" and "yes at the center" before either is looked up (docs/choices.md).
         """
         s = self.settings
         tokens, answer = self.tokenizer.dialogue([""] * len(images) if questions is None else questions, length=s.text_length)

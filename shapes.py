@@ -28,7 +28,7 @@ SHAPES = ("circle", "square", "triangle")
 ARROWS = ("up arrow", "right arrow", "down arrow", "left arrow")        # what has a pose; only in pictures of the pose task
 SIZES = ("small", "large")
 RADII = {"circle": (6.0, 9.0), "square": (6.8, 9.0), "triangle": (6.0, 9.0),     # pixels, small and large; chosen so that no two of
-         **dict.fromkeys(ARROWS, (6.5, 9.0))}                                    # these look alike when they are blurred (README)
+         **dict.fromkeys(ARROWS, (6.5, 9.0))}                                    # these look alike when they are blurred (docs/choices.md)
 COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220),
           "yellow": (240, 210, 40), "purple": (150, 60, 190), "orange": (245, 130, 30)}
 DEPTHS = {"small": 128, "large": 255}

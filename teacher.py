@@ -115,8 +115,9 @@ class Groups(NamedTuple):
 
     @classmethod
     def of(cls, labels: Tensor, device: torch.device) -> "Groups":
-        """labels: (N, any), one row for each token; tokens with equal rows form a group."""
-        group, sizes = labels.unique(dim=0, return_inverse=True, return_counts=True)[1:]                    # (N,), (G,)
+        """labels: (N,) or (N, n), one number or row for each token; tokens with equal ones form a group."""
+        rows = 0 if labels.ndim > 1 else None                    # rows are compared a hundred times as slowly as numbers
+        group, sizes = labels.unique(dim=rows, return_inverse=True, return_counts=True)[1:]                 # (N,), (G,)
         members = pad_sequence(group.argsort(stable=True).split(sizes.tolist()), batch_first=True, padding_value=-1)
         taken = members >= 0                                                                                # (G, L)
         seat = torch.empty_like(group)
@@ -285,7 +286,7 @@ class QwenVision(nn.Module):
 
         device, window = patches.device, self.config.window_size // self.config.patch_size
         positions = patch_positions(grid_thw, merge)                                          # (N, 3)
-        in_frame = Groups.of(positions[:, :1], device)
+        in_frame = Groups.of(positions[:, 0], device)
         in_window = Groups.of(positions // torch.tensor([1, window, window]), device)
         angles = rotary_angles(positions[:, 1:].to(device), self.config.hidden_size // self.config.num_heads)
 
@@ -498,7 +499,7 @@ class ContrastiveTeacher(nn.Module):
         """(B, out_dim) of ids (B, L). Padding is left out before anything is computed."""
         kept = ids != PADDING                                                                 # (B, L)
         text, place = kept.nonzero(as_tuple=True)                                             # (N,) which text, where in it
-        groups = Groups.of(text[:, None], ids.device)
+        groups = Groups.of(text, ids.device)
         angles = rotary_angles(place[:, None].expand(-1, 2), self.config.hidden_size // self.config.num_heads)
         x = self.embedding(ids[kept])                                                         # (N, D)
         for block in self.blocks:
