@@ -273,10 +273,10 @@ def read_seconds(run: Path) -> dict[str, float]:
 
 def evaluate_run(run: Path, device: str | torch.device = "cpu") -> dict:
     """Score a shapes run's newest checkpoint; writes scores.json, samples.png and other tasks' samples_TASK.png, report.html."""
-    start = time.time()
+    start, seconds = time.time(), read_seconds(run)
     pipeline = Pipeline.from_run(run, device=device)
     scores, samples = score_shapes(pipeline, held_out_examples(run))
-    seconds = read_seconds(run) | {"evaluation": round(time.time() - start, 1)}
+    seconds |= {"evaluation": round(time.time() - start, 1)}
     scores = {"seconds": {"total": round(sum(seconds.values()), 1)} | seconds} | scores
     write_atomically(run / "scores.json", lambda file: file.write_text(json.dumps(scores, indent=2) + "\n"))
     for name, sections in samples.items():
