@@ -1,11 +1,13 @@
-"""Reading and writing safetensors: one file, shards with an index, a part of a bigger file, fp8.
+"""Read and write safetensors: one file, shards with an index, a part of a larger file, fp8.
 
-Every model of this project loads the released files directly. A model says where each of its tensors comes from
-(a dictionary own name -> `Source`), and `load` does the rest: it checks names and shapes of *all* tensors before the
-first byte of weights is read, and refuses a file in which a tensor is missing, superfluous or has the wrong shape.
+Every model of this project loads the released files directly. A model lists the origin of its
+tensors in a dictionary own name -> `Source`. Before it reads any weights, `load` checks the names
+and shapes of *all* tensors. It refuses a file in which a tensor is missing, superfluous or has the
+wrong shape.
 
-Run alone to list what a checkpoint holds:   python checkpoint.py PATH [PREFIX]
+Run alone to list the tensors of a checkpoint:   python checkpoint.py PATH [PREFIX]
 """
+import copy
 import dataclasses
 import json
 import os
@@ -20,49 +22,69 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-# What the released files hold and this project does not use, as prefixes of names: {prefix: what it is}. One list for all loaders.
+# Tensors of the released files that this project does not use: {prefix of their names: reason}.
 UNUSED = {
-    "text_encoders.clip_l.": "CLIP-L tower (its pooled vector is not an input of the dual model)",
-    "text_encoders.clip_g.": "CLIP-G tower (the same)",
-    "y_embedder.mlp.0.weight": "pooled text MLP, input side: an all-zero vector goes in, so this matrix contributes nothing",
-    "time_text_embed.text_embedder.linear_1.weight": "the same in the diffusers layout",
-    "lm_head.": "Qwen2.5-VL's language model head",
-    "model.layers.": "Qwen2.5-VL's language model",
-    "model.norm.": "Qwen2.5-VL's language model",
+    "text_encoders.clip_l.":
+        "CLIP-L tower; the dual model does not take its pooled vector",
+    "text_encoders.clip_g.":
+        "CLIP-G tower; the dual model does not take its pooled vector",
+    "y_embedder.mlp.0.weight":
+        "input matrix of the pooled text MLP; its input is always zero, so it contributes nothing",
+    "time_text_embed.text_embedder.linear_1.weight":
+        "the same matrix in the diffusers layout",
+    "lm_head.": "language model head of Qwen2.5-VL",
+    "model.layers.": "language model of Qwen2.5-VL",
+    "model.norm.": "language model of Qwen2.5-VL",
 }
 
 
 # ---------------------------------------------------------------- typed configurations
 
 def _is_a(value, kind) -> bool:
-    """Whether `value` is of the annotated type `kind` (int, float, bool, str, tuple[T, ...], Path, T | None)."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    """Whether `value` has the annotated type: int, float, bool, str, Path, tuple[T, ...], T | None.
+
+    Lists pass for tuples, ints for floats. A float must be finite. A bool is no number.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return any(_is_a(value, k) for k in inner)
+        return any(_is_a(value, argument) for argument in arguments)
     if origin is tuple:
-        return isinstance(value, (tuple, list)) and all(_is_a(v, inner[0]) for v in value)
+        return isinstance(value, (tuple, list)) and all(_is_a(v, arguments[0]) for v in value)
+    if isinstance(value, bool):
+        return kind is bool
     if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
-    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+        return isinstance(value, (int, float)) and abs(value) < float("inf")
+    return isinstance(value, kind)
+
+
+def option(default, help: str):
+    """A dataclass field with a default and the help text that `--help` shows."""
+    return dataclasses.field(default=default, metadata={"help": help})
 
 
 def make_config(kind, values: Mapping, origin: str):
-    """The dataclass `kind` with its fields set from `values`; lists become tuples.
+    """Build the dataclass `kind` from `values`; lists become tuples.
 
-    Raises ValueError, naming `origin` (a file or option), for an unknown field, a wrong type or a missing required field.
+    origin: the file or option that holds the values, for error messages.
+    Raises ValueError for an unknown field, a wrong type or a missing required field.
     """
     hints = typing.get_type_hints(kind)
     for name, value in values.items():
         if name not in hints:
-            raise ValueError(f"{origin}: unknown field {name!r} of {kind.__name__}; the fields are {', '.join(hints)}")
-        if not _is_a(value, hints[name]):
-            wanted = getattr(hints[name], "__name__", "") if not typing.get_args(hints[name]) else str(hints[name])
-            raise ValueError(f"{origin}: {kind.__name__}.{name} = {value!r}, expected {wanted}")
-    required = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
+            raise ValueError(f"{origin}: unknown field {name!r} of {kind.__name__}; "
+                             f"the fields are {', '.join(hints)}")
+        hint = hints[name]
+        if not _is_a(value, hint):
+            expected = hint if typing.get_args(hint) else hint.__name__
+            raise ValueError(
+                f"{origin}: {kind.__name__}.{name} = {value!r}, expected {expected}")
+    required = [field.name for field in dataclasses.fields(kind)
+                if field.default is field.default_factory is dataclasses.MISSING]
     if missing := [name for name in required if name not in values]:
         raise ValueError(f"{origin}: {kind.__name__} needs {', '.join(missing)}")
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     try:
-        return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        return kind(**values)
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
 
@@ -74,7 +96,7 @@ def _concatenate(*tensors: Tensor) -> Tensor:
 
 
 def read_json(text: bytes | str, origin: str) -> dict:
-    """The JSON object in `text`. Raises ValueError naming `origin` for anything else."""
+    """Parse a JSON object. Raises ValueError naming `origin` for anything else."""
     try:
         content = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -85,154 +107,191 @@ def read_json(text: bytes | str, origin: str) -> dict:
 
 
 class Source(typing.NamedTuple):
-    """Where one tensor of a model comes from: names in the file, and how they become one (default: stacked along dim 0)."""
+    """Origin of one tensor of a model.
+
+    names:   tensors in the file
+    combine: makes one tensor of them; by default it concatenates them along dim 0
+    """
     names: tuple[str, ...]
     combine: Callable[..., Tensor] = _concatenate
 
 
 class Checkpoint:
-    """The tensors of a checkpoint by name, each read only when asked for.
+    """The tensors of a checkpoint by name, each read on request.
 
-    path:       a .safetensors file; or a folder with *.safetensors.index.json and its shards; or a folder with one .safetensors file
-    subfolders: names tried below a folder, so that the root of a released repository works as well ("transformer", "vae")
-    wanted:     prefixes; only names of the index that start with one are opened, and a shard that holds none may be absent
-    config:     config.json beside the weights, else the "config" entry of the file's metadata, else {}
-    Raises ValueError naming the file for anything that is not there or cannot be read.
+    path:       a .safetensors file; or a folder with *.safetensors.index.json and its shards;
+                or a folder with one .safetensors file
+    subfolders: names tried below a folder, so that the root of a released repository works as well
+                ("transformer", "vae")
+    wanted:     prefixes of the names to open in a sharded checkpoint; other shards may be absent
+    config:     config.json beside the weights, else the "config" entry of the file's metadata,
+                else {}
+    Raises ValueError naming the file for anything that is missing or unreadable.
     """
 
-    def __init__(self, path: str | Path, subfolders: Iterable[str] = (), wanted: Iterable[str] = ("",)):
+    def __init__(self, path: str | Path, subfolders: Iterable[str] = (),
+                 wanted: Iterable[str] = ("",)):
         self.path = Path(path)
         for name in subfolders:
             if (self.path / name).is_dir():
                 self.path = self.path / name
-        self._handle = {}                                        # tensor name -> (open file, name in that file)
+        self._handles = {}                                       # name -> (open file, name in it)
         self.metadata: dict[str, str] = {}
         for file, expected in self._files(tuple(wanted)).items():
             handle = self._open(file)
             self.metadata |= handle.metadata() or {}
             names = list(handle.keys())
             if absent := set(expected or ()) - set(names):
-                raise ValueError(f"{file}: the index puts {sorted(absent)[0]!r} here, but it is not in this shard")
-            self._handle |= {name: (handle, name) for name in (expected or names)}
+                raise ValueError(f"{file}: the index puts {sorted(absent)[0]!r} here, "
+                                 "but it is not in this shard")
+            self._handles |= {name: (handle, name) for name in (expected or names)}
         self.config = self._read_config()
 
     def _files(self, wanted: tuple[str, ...]) -> dict[Path, list[str] | None]:
-        """The files to open, each with the names that the index expects in it (None: whatever it holds)."""
+        """The files to open, each with the names that the index expects in it (None: no index)."""
         if self.path.is_file():
             return {self.path: None}
         if not self.path.is_dir():
-            raise ValueError(f"{self.path}: no such file or folder; expected a .safetensors file or a folder that holds one")
-        indexes, files = sorted(self.path.glob("*.safetensors.index.json")), sorted(self.path.glob("*.safetensors"))
+            raise ValueError(f"{self.path}: no such file or folder; "
+                             "expected a .safetensors file or a folder that holds one")
+        indexes = sorted(self.path.glob("*.safetensors.index.json"))
+        files = sorted(self.path.glob("*.safetensors"))
         if len(indexes) == 1:
-            weight_map = read_json(indexes[0].read_bytes(), str(indexes[0])).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise ValueError(f"{indexes[0]}: no 'weight_map'; expected the index of a sharded checkpoint")
-            shards = {}
-            for name, file in weight_map.items():
-                if name.startswith(wanted):
-                    shards.setdefault(self.path / file, []).append(name)
-            if not shards:
-                raise ValueError(f"{indexes[0]}: no tensor in its 'weight_map' starts with {' or '.join(wanted)}")
-            if absent := [f for f in shards if not f.is_file()]:
-                raise ValueError(f"{absent[0]}: this shard is missing, {indexes[0].name} names it; download it again")
-            return shards
+            return self._shards(indexes[0], wanted)
         if len(files) != 1:
-            raise ValueError(f"{self.path}: found {len(files)} .safetensors files and {len(indexes)} indexes, expected one file "
-                             "or one index with its shards; give the path of the file itself")
+            raise ValueError(f"{self.path}: found {len(files)} .safetensors files and "
+                             f"{len(indexes)} indexes, expected one file or one index with its "
+                             "shards; give the path of the file itself")
         return {files[0]: None}
+
+    def _shards(self, index: Path, wanted: tuple[str, ...]) -> dict[Path, list[str]]:
+        weight_map = read_json(index.read_bytes(), str(index)).get("weight_map")
+        if not (isinstance(weight_map, dict)
+                and all(isinstance(file, str) for file in weight_map.values())):
+            raise ValueError(
+                f"{index}: no 'weight_map'; expected the index of a sharded checkpoint")
+        shards = {}
+        for name, file in weight_map.items():
+            if name.startswith(wanted):
+                shards.setdefault(self.path / file, []).append(name)
+        if not shards:
+            raise ValueError(
+                f"{index}: no tensor in its 'weight_map' starts with {' or '.join(wanted)}")
+        if absent := [file for file in shards if not file.is_file()]:
+            raise ValueError(f"{absent[0]}: this shard is missing, {index.name} names it; "
+                             "download it again")
+        return shards
 
     @staticmethod
     def _open(file: Path):
         try:
             return safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a whole safetensors file ({error}; {file.stat().st_size} bytes on disk); "
-                             "it may be truncated: download or write it again") from error
+            raise ValueError(f"{file}: not a whole safetensors file ({error}; "
+                             f"{file.stat().st_size} bytes on disk); it may be truncated: "
+                             "download or write it again") from error
 
     def _read_config(self) -> dict:
         beside = self.path / "config.json"
         if beside.is_file():
             return read_json(beside.read_bytes(), str(beside))
         if "config" in self.metadata:
-            return read_json(self.metadata["config"], f"{self.path}: the 'config' in its metadata")
+            origin = f"{self.path}: the 'config' in its metadata"
+            return read_json(self.metadata["config"], origin)
         return {}
 
     def under(self, *prefixes: str) -> "Checkpoint":
-        """The part whose names start with the first of `prefixes` that occurs, names without it; all of it if none occurs."""
+        """The part below the first prefix that occurs, its names without the prefix; else all."""
         for prefix in prefixes:
-            part = {n.removeprefix(prefix): h for n, h in self._handle.items() if n.startswith(prefix)}
+            part = {name.removeprefix(prefix): handle for name, handle in self._handles.items()
+                    if name.startswith(prefix)}
             if part:
-                view = object.__new__(Checkpoint)
-                view.path, view.metadata, view.config, view._handle = self.path, self.metadata, self.config, part
+                view = copy.copy(self)
+                view._handles = part
                 return view
         return self
 
     def __contains__(self, name: str) -> bool:
-        return name in self._handle
+        return name in self._handles
 
     def names(self) -> list[str]:
-        return list(self._handle)
+        return list(self._handles)
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self:
-            raise ValueError(f"{self.path}: no tensor {name!r}; the file starts with {', '.join(self.names()[:4])}")
-        handle, full = self._handle[name]
-        return tuple(handle.get_slice(full).get_shape())
+            raise ValueError(f"{self.path}: no tensor {name!r}; "
+                             f"the file starts with {', '.join(self.names()[:4])}")
+        handle, full_name = self._handles[name]
+        return tuple(handle.get_slice(full_name).get_shape())
 
-    def read(self, name: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
-        """One tensor in `dtype` (fp8 and fp16 are upcast); on the meta device nothing is read."""
+    def read(self, name: str, dtype: torch.dtype = torch.float32,
+             device: str | torch.device = "cpu") -> Tensor:
+        """Read one tensor and convert it to `dtype`; the meta device reads only the shape."""
         if str(device) == "meta":
             return torch.empty(self.shape(name), dtype=dtype, device="meta")
-        handle, full = self._handle[name]
-        return handle.get_tensor(full).to(device=device, dtype=dtype)
+        handle, full_name = self._handles[name]
+        return handle.get_tensor(full_name).to(device=device, dtype=dtype)
 
     def count(self, pattern: str) -> int:
-        """How many of pattern.format(0), pattern.format(1), ... begin the name of a tensor: the depth of a stack of blocks."""
+        """Count the blocks of a stack: pattern.format(0), pattern.format(1), ... begin names."""
         depth = 0
-        while any(name.startswith(pattern.format(depth)) for name in self._handle):
+        while any(name.startswith(pattern.format(depth)) for name in self._handles):
             depth += 1
         return depth
+
+
+def _misfit(name: str, target: Tensor, source: Source, checkpoint: Checkpoint) -> str:
+    """Describe why `source` cannot fill the tensor `name`; empty if it can."""
+    if absent := [n for n in source.names if n not in checkpoint]:
+        return f"missing: {', '.join(absent)} (needed for {name})"
+    shapes = [checkpoint.shape(n) for n in source.names]
+    parts = [torch.empty(shape, device="meta") for shape in shapes]
+    try:
+        combined = source.combine(*parts).shape
+    except (RuntimeError, ValueError):                           # the parts do not fit together
+        combined = None
+    if combined != target.shape:
+        listed = ", ".join(f"{n} {shape}" for n, shape in zip(source.names, shapes))
+        return f"wrong shape: {listed}, expected {tuple(target.shape)} for {name}"
+    return ""
 
 
 def load(module: nn.Module, checkpoint: Checkpoint, sources: Mapping[str, Source],
          initialise: Callable[[str, Tensor], None] | None = None,
          dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
-    """Give every parameter and buffer of `module` (built on the meta device) its tensor from `checkpoint`.
+    """Fill every parameter and buffer of `module`, built on the meta device, from `checkpoint`.
 
-    sources:    own name -> Source. A name of the module that is not in it is left to `initialise(name, tensor)`.
-    Raises ValueError with every tensor that is missing, superfluous or wrongly shaped, before any weights are read.
+    sources:    own name -> Source
+    initialise: initialise(name, tensor) fills each tensor of the module that has no source
+    Raises ValueError listing all tensors that are missing, superfluous or wrongly shaped, before
+    any weights are read.
     """
     own, used, problems = module.state_dict(), set(), []
     for name, target in own.items():
-        source = sources.get(name)
-        if source is None:
-            if initialise is None:
-                problems.append(f"missing: nothing in the file for {name} {tuple(target.shape)}")
-            continue
-        used.update(source.names)
-        if absent := [n for n in source.names if n not in checkpoint]:
-            problems.append(f"missing: {', '.join(absent)} (needed for {name})")
-            continue
-        found = [checkpoint.shape(n) for n in source.names]
-        try:
-            shape = source.combine(*(torch.empty(s, device="meta") for s in found)).shape
-        except (RuntimeError, ValueError):                       # the parts do not fit together
-            shape = None
-        if shape != target.shape:
-            problems.append(f"wrong shape: {', '.join(f'{n} {s}' for n, s in zip(source.names, found))}, "
-                            f"expected {tuple(target.shape)} for {name}")
-    problems += [f"superfluous: {name} {checkpoint.shape(name)}" for name in checkpoint.names()
-                 if name not in used and not name.startswith(tuple(UNUSED))]
+        if name in sources:
+            used.update(sources[name].names)
+            if misfit := _misfit(name, target, sources[name], checkpoint):
+                problems.append(misfit)
+        elif initialise is None:
+            problems.append(f"missing: nothing in the file for {name} {tuple(target.shape)}")
+    for name in checkpoint.names():
+        if name not in used and not name.startswith(tuple(UNUSED)):
+            problems.append(f"superfluous: {name} {checkpoint.shape(name)}")
     if problems:
-        shown = "\n  ".join(problems[:12]) + (f"\n  and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise ValueError(f"{checkpoint.path}: does not fit {type(module).__name__}:\n  {shown}")
+        shown = problems[:12]
+        if len(problems) > 12:
+            shown.append(f"and {len(problems) - 12} more")
+        raise ValueError(f"{checkpoint.path}: does not fit {type(module).__name__}:\n  "
+                         + "\n  ".join(shown))
 
     tensors = {}
     for name, target in own.items():
         if name in sources:
-            plain = sources[name].combine is _concatenate       # sums and products are formed in float32, then rounded once
-            parts = [checkpoint.read(n, dtype if plain else torch.float32, device) for n in sources[name].names]
-            tensors[name] = sources[name].combine(*parts).to(dtype).contiguous()
+            names, combine = sources[name]
+            # Sums and products are formed in float32 and rounded once.
+            read_dtype = dtype if combine is _concatenate else torch.float32
+            parts = [checkpoint.read(n, read_dtype, device) for n in names]
+            tensors[name] = combine(*parts).to(dtype).contiguous()
         else:
             tensors[name] = torch.empty(target.shape, dtype=dtype, device=device)
             initialise(name, tensors[name])
@@ -243,7 +302,10 @@ def load(module: nn.Module, checkpoint: Checkpoint, sources: Mapping[str, Source
 # ---------------------------------------------------------------- writing
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Call write(temporary file), then move the result to `path`: a kill at any moment leaves the old file or the new one, whole."""
+    """Write a file whole or not at all: a kill at any moment leaves the old file or the new one.
+
+    write: writes the content to the temporary path that it is called with
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -257,7 +319,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], config=None, **metadata: str) -> None:
-    """Write tensors with a configuration (a dataclass, kept as JSON in the metadata), atomically."""
+    """Write tensors atomically, with a configuration (a dataclass) as JSON in the metadata."""
     if config is not None:
         metadata["config"] = json.dumps(dataclasses.asdict(config))
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -270,4 +332,5 @@ if __name__ == "__main__":
     listed = Checkpoint(sys.argv[1]).under(*sys.argv[2:])
     for tensor_name in listed.names():
         print(f"{tensor_name:80} {list(listed.shape(tensor_name))}")
-    print(f"{len(listed.names())} tensors; configuration: {listed.config or 'none, it is inferred from the shapes'}")
+    configuration = listed.config or "none, it is inferred from the shapes"
+    print(f"{len(listed.names())} tensors; configuration: {configuration}")

@@ -18,36 +18,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from checkpoint import Checkpoint, Source, load, make_config
+from checkpoint import Checkpoint, Source, load, make_config, option
 
 
 @dataclass(frozen=True)
 class MMDiTConfig:
-    """The defaults are the released 2B model's; the last six are options that released weights do not have."""
-    latent_channels: int = 16
-    patch_size: int = 2
-    width: int = 1536
-    depth: int = 24
-    num_heads: int = 24
-    text_dim: int = 4096            # width of the T5 encoder
-    vocab_size: int = 32100         # 32000 sentencepiece pieces + 100 sentinels
-    position_table: int = 192       # side of the table of 2-D positions, in patches
-    null_tokens: int = 8            # learned image tokens of a text-only pass
-    align_dims: tuple[int, ...] = ()    # (hidden, teacher) widths of the alignment heads, empty: none
-    align_silu: bool = True         # the released alignment heads end in a SiLU
-    qk_norm: bool = False           # layer norm on queries and keys (2302.05442); an RMS norm trains alike, but has no fused CPU kernel
-    text_positions: int = 0         # length of a learned position embedding on the text stream, 0: none
-    exact_gelu: bool = False        # by the error function, not by tanh: the same within 0.0005, four times as fast on CPU
-    number_references: bool = False     # tell source pictures apart by their number; else they are a set, and "picture 2" means nothing
+    """Sizes and options of the MM-DiT. The defaults are those of the released 2B model."""
+    latent_channels: int = option(16, "channels of the latents")
+    patch_size: int = option(2, "side of a patch, in latent pixels")
+    width: int = option(1536, "width D of both streams")
+    depth: int = option(24, "joint blocks")
+    num_heads: int = option(24, "attention heads")
+    text_dim: int = option(4096, "width of the T5 encoder")
+    vocab_size: int = option(32100, "T5's 32000 pieces and 100 sentinels")
+    position_table: int = option(192, "side of the table of 2-D positions, in patches")
+    null_tokens: int = option(8, "learned image tokens of a text-only pass")
+    align_dims: tuple[int, ...] = option((), "hidden and output width of the alignment heads, H,D; "
+                                             "empty: no heads")
+    align_silu: bool = option(True, "end the alignment heads in a SiLU, as the released ones do")
+    # options that no released weights have
+    qk_norm: bool = option(False, "layer norm on queries and keys (arXiv 2302.05442)")
+    text_positions: int = option(0, "length of a learned position embedding of the text; 0: none")
+    exact_gelu: bool = option(False, "GELU by the error function versus tanh: the same within "
+                                     "0.0005, four times as fast on CPU")
+    number_references: bool = option(False, "number the source images; else they are a set, and "
+                                            "'picture 2' has no meaning")
 
     def __post_init__(self):
-        sizes = (self.latent_channels, self.patch_size, self.width, self.depth, self.num_heads, self.text_dim, self.vocab_size,
-                 self.position_table, self.null_tokens, *self.align_dims)
+        sizes = (self.latent_channels, self.patch_size, self.width, self.depth, self.num_heads,
+                 self.text_dim, self.vocab_size, self.position_table, self.null_tokens,
+                 *self.align_dims)
         if min(sizes) < 1 or self.text_positions < 0 or len(self.align_dims) not in (0, 2):
-            raise ValueError(f"sizes must be positive and align_dims empty or (hidden, teacher), got {self}")
+            raise ValueError("sizes must be positive and align_dims empty or (hidden, teacher), "
+                             f"got {self}")
         if self.width % self.num_heads or self.width % 4:
-            raise ValueError(f"width {self.width} must be a multiple of num_heads {self.num_heads} and of 4; the shapes of a "
-                             "checkpoint do not tell num_heads: give num_heads=...")
+            raise ValueError(f"width {self.width} must be a multiple of num_heads {self.num_heads} "
+                             "and of 4; the shapes of a checkpoint do not specify num_heads: give "
+                             "num_heads=...")
 
 
 class Output(NamedTuple):

@@ -1,11 +1,12 @@
-"""The frozen encoders that the intrinsic alignment looks up to, needed in training only: Qwen2.5-VL, and a small one.
+"""The frozen teacher of the intrinsic alignment loss, needed in training only: Qwen2.5-VL.
 
-Equation (4) of UniAlignment (arXiv 2509.23760) pulls the middle of both streams towards what Qwen2.5-VL (arXiv 2502.13923) makes
-of the target image and of its caption. Here are the parts of Qwen2.5-VL which that takes: from pictures to patches, the vision
-encoder, the byte-level BPE tokenizer and the language model's *input* embeddings. The language model itself is never run.
-The small one is for the shapes world: trained from nothing to tell pairs of a picture and a caption apart, in about a minute.
+Equation (4) of UniAlignment (arXiv 2509.23760) aligns the middle of both streams with Qwen2.5-VL's
+(arXiv 2502.13923) embeddings of the target image and of its caption. This file holds the parts of
+Qwen2.5-VL that compute them: the conversion of pictures to patches, the vision encoder, the
+byte-level BPE tokenizer and the language model's *input* embeddings. The language model itself is
+never run. `load_teacher` also finds the small teacher of experiments/small_teacher.py.
 
-Run alone to see the two embeddings of a pair:   python teacher.py FOLDER PICTURE "CAPTION"
+Run alone to print both embeddings of a pair:   python teacher.py FOLDER PICTURE "CAPTION"
 """
 import functools
 import itertools
@@ -23,126 +24,154 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from checkpoint import Checkpoint, Source, load, make_config
 
 # ---------------------------------------------------------------- pictures -> patches
 
-PIXEL_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])   # CLIP's statistics of natural pictures, in [0, 1]
+# CLIP's mean and standard deviation of RGB values in [0, 1]
+PIXEL_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 PIXEL_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 1280 * 28 * 28                 # 4 to 1280 merged tokens
-Picture = Image.Image | np.ndarray                               # an array: uint8, (height, width, 3)
+Picture = Image.Image | np.ndarray                               # an array: (H, W, 3) uint8
 
 
 def nearest_size(height: int, width: int, cell: int) -> tuple[int, int]:
-    """(height, width) rounded to multiples of `cell`, scaled first where the area would leave MIN_PIXELS ... MAX_PIXELS.
+    """Round (height, width) to multiples of `cell`.
 
-    Raises ValueError for a picture more than 200 times as long as wide, as Qwen2.5-VL does.
+    A size whose area leaves MIN_PIXELS ... MAX_PIXELS is scaled to that limit first. Raises
+    ValueError for a picture more than 200 times as long as wide, as Qwen2.5-VL does.
     """
     if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"a picture of {height} x {width} pixels: one side may be at most 200 times the other")
+        raise ValueError(f"a picture of {height} x {width} pixels, expected one side to be at most "
+                         "200 times the other")
     rounded = round(height / cell) * cell, round(width / cell) * cell
     if math.prod(rounded) > MAX_PIXELS:
-        scale, snap = math.sqrt(MAX_PIXELS / (height * width)), math.floor
+        area, snap = MAX_PIXELS, math.floor
     elif math.prod(rounded) < MIN_PIXELS:
-        scale, snap = math.sqrt(MIN_PIXELS / (height * width)), math.ceil
+        area, snap = MIN_PIXELS, math.ceil
     else:
         return rounded
-    return max(cell, snap(height * scale / cell) * cell), max(cell, snap(width * scale / cell) * cell)
+    scale = math.sqrt(area / (height * width))
+    rows, columns = snap(height * scale / cell), snap(width * scale / cell)
+    return max(1, rows) * cell, max(1, columns) * cell
 
 
-def rgb(image: Picture) -> np.ndarray:
-    """The pixels of a picture, (height, width, 3) uint8. Raises ValueError for an array that is none."""
-    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+def rgb(picture: Picture) -> np.ndarray:
+    """The pixels of a picture, (H, W, 3) uint8. Raises ValueError for any other array."""
+    pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
-        raise ValueError(f"a picture of shape {pixels.shape} and type {pixels.dtype}, expected (height, width, 3) and uint8")
+        raise ValueError(f"a picture of shape {pixels.shape} and type {pixels.dtype}, expected "
+                         "(height, width, 3) and uint8")
     return pixels
 
 
-def image_patches(image: Picture, patch: int, merge: int, frames: int) -> tuple[Tensor, tuple[int, int, int]]:
-    """One picture as (h * w, 3 * frames * patch * patch) rows, with its grid (1, h, w); see `preprocess`."""
-    pixels = rgb(image)
+def picture_patches(picture: Picture, patch: int, merge: int,
+                    frames: int) -> tuple[Tensor, tuple[int, int, int]]:
+    """Patches (h * w, 3 * frames * patch * patch) of one picture and its grid (1, h, w).
+
+    The order of the patches is that of `preprocess`.
+    """
+    pixels = rgb(picture)
     size = nearest_size(*pixels.shape[:2], cell=patch * merge)
     if size != pixels.shape[:2]:
-        pixels = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC))
+        resized = Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC)
+        pixels = np.asarray(resized)
     h, w = size[0] // patch, size[1] // patch
-    x = (torch.tensor(pixels) / 255 - PIXEL_MEAN) / PIXEL_STD            # (H, W, 3)
+    x = (torch.tensor(pixels) / 255 - PIXEL_MEAN) / PIXEL_STD      # (H, W, 3)
     x = x.view(h // merge, merge, patch, w // merge, merge, patch, 3)
-    x = x.permute(0, 3, 1, 4, 6, 2, 5).flatten(0, 3)                     # (h * w, 3, patch, patch): a merge group is contiguous
-    x = x[:, :, None].expand(-1, -1, frames, -1, -1).flatten(1)          # (h * w, 3 * frames * patch * patch)
+    x = x.permute(0, 3, 1, 4, 6, 2, 5).flatten(0, 3)               # (h * w, 3, patch, patch)
+    x = x[:, :, None].expand(-1, -1, frames, -1, -1).flatten(1)    # (h * w, 3 * frames * patch^2)
     return x, (1, h, w)
 
 
-def preprocess(images: Sequence[Picture], patch: int = 14, merge: int = 2, frames: int = 2) -> tuple[Tensor, Tensor]:
-    """What the vision encoder reads: patches (N, 3 * frames * patch * patch) of all pictures in a row, and grid_thw (B, 3).
+def preprocess(pictures: Sequence[Picture], patch: int = 14, merge: int = 2,
+               frames: int = 2) -> tuple[Tensor, Tensor]:
+    """The input of the vision encoder: patches (N, 3 * frames * patch * patch), grid_thw (B, 3).
 
-    images: PIL pictures or uint8 arrays (height, width, 3), of any sizes. Sides that are not multiples of patch * merge are
-            resized to the nearest ones (bicubic). A still picture is shown `frames` times, since the encoder was made for video.
-    Each run of merge * merge patches is one merged token: row by row inside of it, and the merged tokens row by row.
+    The patches of all pictures follow each other. Each run of merge * merge patches becomes one
+    merged token; the patches of a token and the tokens of a picture are both in raster order.
+
+    pictures: PIL pictures or uint8 arrays (height, width, 3), of any sizes. Sides that are not
+              multiples of patch * merge are resized to the nearest multiple (bicubic). A picture is
+              repeated `frames` times, since the encoder was made for video.
     Raises ValueError for anything else. Source: Qwen2.5-VL's image processor.
     """
-    if isinstance(images, Image.Image) or len(images) == 0:
+    if isinstance(pictures, Image.Image) or len(pictures) == 0:
         raise ValueError("preprocess takes a sequence of at least one picture")
-    patches, grids = zip(*(image_patches(image, patch, merge, frames) for image in images))
+    pairs = [picture_patches(picture, patch, merge, frames) for picture in pictures]
+    patches, grids = zip(*pairs)
     return torch.cat(patches), torch.tensor(grids)
 
 
-# ---------------------------------------------------------------- who attends to whom
+# ---------------------------------------------------------------- groups of tokens and positions
 
 def patch_positions(grid_thw: Tensor, merge: int) -> Tensor:
-    """(N, 3) frame, row and column of every patch, in the order of `preprocess`; frames are numbered through all pictures."""
-    positions, seen = [], 0
+    """Frame, row and column (N, 3) of every patch, in the order of `preprocess`.
+
+    Frames are numbered consecutively over all pictures, so that no two share a number.
+    """
+    positions, first = [], 0
     for t, h, w in grid_thw.tolist():
-        p = torch.cartesian_prod(torch.arange(seen, seen + t), torch.arange(h), torch.arange(w))   # (t * h * w, 3)
-        p = p.view(t, h // merge, merge, w // merge, merge, 3).transpose(2, 3)                     # merge * merge cells together
-        positions.append(p.flatten(0, 4))                                                          # (t * h * w, 3)
-        seen += t
+        frames = torch.arange(first, first + t)
+        p = torch.cartesian_prod(frames, torch.arange(h), torch.arange(w))        # (t * h * w, 3)
+        p = p.view(t, h // merge, merge, w // merge, merge, 3).transpose(2, 3)
+        positions.append(p.flatten(0, 4))                                         # (t * h * w, 3)
+        first += t
     return torch.cat(positions)
 
 
 class Groups(NamedTuple):
-    """Tokens by group, G groups padded to the longest (L): attention in a batch of groups costs G * L^2, not N^2.
+    """N tokens in G groups, each group padded to the size L of the largest.
 
-    Qwen2.5-VL sorts its tokens by window for this and back at the end. Attention does not mind the order, so here they stay put.
+    Attention inside of groups costs G * L^2 rather than N^2. Qwen2.5-VL sorts its tokens by window
+    and restores the order at the end; here they keep their order, since attention ignores it.
     """
-    members: Tensor                                              # (G, L) which token sits here, -1: nobody
-    mask: Tensor                                                 # (G, 1, 1, L) True where somebody does
-    seat: Tensor                                                 # (N,) where in the flattened (G * L) a token sits
+    members: Tensor                 # (G, L) index of the token in each place, -1 for padding
+    mask: Tensor                    # (G, 1, 1, L) False for padding
+    place: Tensor                   # (N,) place of each token in the flattened (G * L)
 
     @classmethod
     def of(cls, labels: Tensor, device: torch.device) -> "Groups":
-        """labels: (N,) or (N, n), one number or row for each token; tokens with equal ones form a group."""
-        rows = 0 if labels.ndim > 1 else None                    # rows are compared a hundred times as slowly as numbers
-        group, sizes = labels.unique(dim=rows, return_inverse=True, return_counts=True)[1:]                 # (N,), (G,)
-        members = pad_sequence(group.argsort(stable=True).split(sizes.tolist()), batch_first=True, padding_value=-1)
-        taken = members >= 0                                                                                # (G, L)
-        seat = torch.empty_like(group)
-        seat[members[taken]] = taken.flatten().nonzero()[:, 0]
-        return cls(members.to(device), taken[:, None, None].to(device), seat.to(device))
+        """Group tokens with equal labels. labels: (N,) or (N, n), a number or a row per token."""
+        dim = 0 if labels.ndim > 1 else None      # comparing rows is a hundred times as slow
+        _, group, sizes = labels.unique(dim=dim, return_inverse=True, return_counts=True)
+        by_group = group.argsort(stable=True).split(sizes.tolist())
+        members = pad_sequence(by_group, batch_first=True, padding_value=-1)      # (G, L)
+        taken = members >= 0                                                      # (G, L)
+        place = torch.empty_like(group)                                           # (N,)
+        place[members[taken]] = taken.flatten().nonzero()[:, 0]
+        return cls(members.to(device), taken[:, None, None].to(device), place.to(device))
 
 
 def rotary_angles(positions: Tensor, head_dim: int) -> Tensor:
-    """(N, head_dim / 2) angles: the first half turns with the row, the second with the column. positions: (N, 2)."""
-    frequencies = 10000 ** -(torch.arange(0, head_dim, 4, device=positions.device) / head_dim)      # (head_dim / 4,)
-    return (positions[:, :, None] * frequencies).flatten(1)                                         # (N, head_dim / 2)
+    """Rotary angles (N, head_dim / 2) of positions (N, 2): first of the row, then of the column."""
+    exponents = torch.arange(0, head_dim, 4, device=positions.device) / head_dim
+    frequencies = 10000 ** -exponents                                        # (head_dim / 4,)
+    return (positions[:, :, None] * frequencies).flatten(1)                  # (N, head_dim / 2)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn the pairs (i, i + head_dim / 2) of x (N, heads, head_dim) by the angles, in float32: bfloat16 blurs far positions."""
-    a, b = x.float().chunk(2, dim=-1)                                                 # (N, heads, head_dim / 2)
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]                           # (N, 1, head_dim / 2)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)      # (N, heads, head_dim)
+    """Rotate the pairs (i, i + head_dim / 2) of x (N, heads, head_dim) by angles (N, head_dim / 2).
+
+    In float32, since bfloat16 cannot resolve large angles.
+    """
+    a, b = x.float().chunk(2, dim=-1)                                     # (N, heads, head_dim / 2)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]               # (N, 1, head_dim / 2)
+    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)   # (N, heads, head_dim)
+    return rotated.to(x.dtype)
 
 
 # ---------------------------------------------------------------- the vision encoder
 
 @dataclass(frozen=True)
 class QwenVisionConfig:
-    """Sizes of Qwen2.5-VL's vision encoder (the defaults: 7B). Raises ValueError for sizes that do not fit each other."""
+    """Sizes of Qwen2.5-VL's vision encoder, by default those of the 7B model.
+
+    Raises ValueError for sizes that do not fit each other.
+    """
     depth: int = 32
     hidden_size: int = 1280
     intermediate_size: int = 3420
@@ -157,13 +186,16 @@ class QwenVisionConfig:
 
     def __post_init__(self):
         if self.num_heads < 1 or self.hidden_size % (4 * self.num_heads):
-            raise ValueError(f"num_heads = {self.num_heads}, expected to cut hidden_size = {self.hidden_size} into multiples "
-                             "of 4; a checkpoint without config.json does not tell the heads: give num_heads")
-        if self.window_size < 1 or self.window_size % (self.patch_size * self.spatial_merge_size):
-            raise ValueError(f"window_size = {self.window_size} pixels, expected a multiple of a merged token's "
-                             f"{self.patch_size * self.spatial_merge_size}")
+            raise ValueError(f"num_heads = {self.num_heads}, expected to cut hidden_size = "
+                             f"{self.hidden_size} into multiples of 4; without config.json the "
+                             "number of heads is unknown: give num_heads")
+        token_size = self.patch_size * self.spatial_merge_size
+        if self.window_size < 1 or self.window_size % token_size:
+            raise ValueError(f"window_size = {self.window_size} pixels, expected a multiple of a "
+                             f"merged token's {token_size}")
         if not all(0 <= i < self.depth for i in self.full_attention_blocks):
-            raise ValueError(f"full_attention_blocks = {self.full_attention_blocks}, expected numbers from 0 to {self.depth - 1}")
+            raise ValueError(f"full_attention_blocks = {self.full_attention_blocks}, expected "
+                             f"numbers from 0 to {self.depth - 1}")
 
 
 class Attention(nn.Module):
@@ -174,11 +206,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, angles: Tensor, groups: Groups) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).unbind(1)                     # (N, heads, head_dim)
+        qkv = self.qkv(x).unflatten(1, (3, self.heads, -1))
+        q, k, v = qkv.unbind(1)                                           # (N, heads, head_dim)
         q, k = rotate(q, angles), rotate(k, angles)
-        q, k, v = (y[groups.members].transpose(1, 2) for y in (q, k, v))                      # (G, heads, L, head_dim)
+        q, k, v = (y[groups.members] for y in (q, k, v))                  # (G, L, heads, head_dim)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                  # (G, heads, L, head_dim)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=groups.mask)
-        x = x.transpose(1, 2).flatten(0, 1)[groups.seat].flatten(1)                           # (N, D)
+        x = x.transpose(1, 2).flatten(0, 1)[groups.place].flatten(1)      # (N, D)
         return self.proj(x)
 
 
@@ -194,7 +228,12 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: QwenVisionConfig):
+    """A pre-norm transformer block.
+
+    config: anything with hidden_size, num_heads and intermediate_size.
+    """
+
+    def __init__(self, config):
         super().__init__()
         self.norm1 = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.attn = Attention(config.hidden_size, config.num_heads)
@@ -207,13 +246,14 @@ class Block(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """Concatenate the merge * merge patches of a cell and map them to the width of the language model."""
+    """Concatenate merge * merge patches and map them to the width of the language model."""
 
     def __init__(self, dim: int, merge: int, out_dim: int):
         super().__init__()
         self.cell = merge * merge
         self.ln_q = nn.RMSNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(dim * self.cell, dim * self.cell), nn.GELU(), nn.Linear(dim * self.cell, out_dim))
+        wide = dim * self.cell
+        self.mlp = nn.Sequential(nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, out_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.ln_q(x).view(-1, self.cell * x.shape[1])                # (M, cell * D)
@@ -221,146 +261,198 @@ class PatchMerger(nn.Module):
 
 
 def vision_config(checkpoint: Checkpoint, overrides: dict) -> QwenVisionConfig:
-    """Sizes from the shapes, then from config.json (Qwen's names, other keys are of no use here), then from `overrides`."""
+    """The sizes from the tensors' shapes, overridden by config.json, overridden by `overrides`.
+
+    config.json uses Qwen's names; keys that no field has are ignored.
+    """
     patch_weight = checkpoint.shape("patch_embed.proj.weight")
     if len(patch_weight) != 5:
         raise ValueError(f"{checkpoint.path}: patch_embed.proj.weight {patch_weight}, expected "
                          "(hidden, channels, frames, patch, patch)")
     hidden, channels, frames, patch, _ = patch_weight
+    merged = checkpoint.shape("merger.mlp.0.weight")[0]
     values = dict(
         depth=checkpoint.count("blocks.{}."),
         hidden_size=hidden, in_channels=channels, temporal_patch_size=frames, patch_size=patch,
         intermediate_size=checkpoint.shape("blocks.0.mlp.gate_proj.weight")[0],
-        spatial_merge_size=math.isqrt(checkpoint.shape("merger.mlp.0.weight")[0] // hidden),
+        spatial_merge_size=math.isqrt(merged // hidden),
         out_hidden_size=checkpoint.shape("merger.mlp.2.weight")[0])
+    known = {field.name for field in fields(QwenVisionConfig)}
     renamed = {"in_chans": "in_channels", "fullatt_block_indexes": "full_attention_blocks"}
     for key, value in checkpoint.config.get("vision_config", checkpoint.config).items():
         name = renamed.get(key, key)
-        if name in {field.name for field in fields(QwenVisionConfig)}:
+        if name in known:
             values[name] = value
     return make_config(QwenVisionConfig, values | overrides, str(checkpoint.path))
 
 
 class QwenVision(nn.Module):
-    """Qwen2.5-VL's vision encoder: patches -> blocks with window attention, full attention in a few -> merged tokens."""
+    """Qwen2.5-VL's vision encoder: patches -> blocks -> merged tokens.
+
+    Attention is confined to windows, but for the blocks in `full_attention_blocks`.
+    """
 
     def __init__(self, config: QwenVisionConfig):
         super().__init__()
         self.config = config
-        self.patch_width = config.in_channels * config.temporal_patch_size * config.patch_size ** 2
+        pixels = config.temporal_patch_size * config.patch_size ** 2
+        self.patch_width = config.in_channels * pixels
         self.patch_embed = nn.Linear(self.patch_width, config.hidden_size, bias=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.merger = PatchMerger(config.hidden_size, config.spatial_merge_size, config.out_hidden_size)
+        self.merger = PatchMerger(config.hidden_size, config.spatial_merge_size,
+                                  config.out_hidden_size)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
-                        **overrides) -> "QwenVision":
-        """The frozen encoder from Qwen2.5-VL's folder (only shards with `visual.*` are opened) or from one .safetensors file.
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32,
+                        device: str | torch.device = "cpu", **overrides) -> "QwenVision":
+        """Load the frozen encoder from Qwen2.5-VL's folder or from one .safetensors file.
 
-        overrides: fields of QwenVisionConfig; without config.json, what the shapes do not tell (num_heads, window_size,
-                   full_attention_blocks) is as in 7B.
-        Raises ValueError naming the file and every tensor that is missing, superfluous or wrongly shaped.
+        Of the folder's shards only those with `visual.*` are opened.
+        overrides: fields of QwenVisionConfig. Shapes do not determine num_heads, window_size and
+                   full_attention_blocks: without config.json and overrides they are those of 7B.
+        Raises ValueError naming the file and every tensor that is missing, superfluous or of the
+        wrong shape.
         """
         checkpoint = Checkpoint(path, wanted=("visual.",)).under("visual.")
         with torch.device("meta"):
             model = cls(vision_config(checkpoint, overrides))
         sources = {name: Source((name,)) for name in model.state_dict()}
-        # Patches do not overlap: the convolution of the file is a matrix product.
-        sources["patch_embed.weight"] = Source(("patch_embed.proj.weight",), lambda kernel: kernel.flatten(1))
-        return load(model, checkpoint, sources, dtype=dtype, device=device).eval().requires_grad_(False)
+        # Patches do not overlap, so that the file's convolution is a matrix product.
+        sources["patch_embed.weight"] = Source(("patch_embed.proj.weight",),
+                                               lambda kernel: kernel.flatten(1))
+        load(model, checkpoint, sources, dtype=dtype, device=device)
+        return model.eval().requires_grad_(False)
 
     def forward(self, patches: Tensor, grid_thw: Tensor) -> Tensor:
-        """Merged tokens (N / merge^2, out_hidden_size) of all pictures in a row; no picture sees another, nor a frame another.
+        """Merged tokens (N / merge^2, out_hidden_size) of all pictures, one after the other.
 
-        patches: (N, channels * frames * patch * patch), from `preprocess`; grid_thw: (B, 3) frames, rows, columns of patches.
+        Pictures do not attend to each other, nor do frames.
+
+        patches:  (N, channels * frames * patch * patch), from `preprocess`
+        grid_thw: (B, 3) frames, rows and columns of patches
         Raises ValueError when the two do not fit each other or the model.
         """
         merge = self.config.spatial_merge_size
         if patches.ndim != 2 or patches.shape[1] != self.patch_width:
             raise ValueError(f"patches {tuple(patches.shape)}, expected (N, {self.patch_width})")
-        if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or (grid_thw < 1).any() or (grid_thw[:, 1:] % merge).any():
-            raise ValueError(f"grid_thw {grid_thw.tolist()}, expected (frames, rows, columns), the latter multiples of {merge}")
-        if grid_thw.prod(dim=1).sum() != len(patches):
-            raise ValueError(f"patches {tuple(patches.shape)}, expected {grid_thw.prod(dim=1).sum()} of them for grid_thw "
-                             f"{grid_thw.tolist()}")
+        triples = grid_thw.ndim == 2 and grid_thw.shape[1] == 3
+        if not triples or (grid_thw < 1).any() or (grid_thw[:, 1:] % merge).any():
+            raise ValueError(f"grid_thw {grid_thw.tolist()}, expected (frames, rows, columns), the "
+                             f"latter multiples of {merge}")
+        count = grid_thw.prod(dim=1).sum()
+        if count != len(patches):
+            raise ValueError(f"patches {tuple(patches.shape)}, expected {count} of them for "
+                             f"grid_thw {grid_thw.tolist()}")
 
-        device, window = patches.device, self.config.window_size // self.config.patch_size
-        positions = patch_positions(grid_thw, merge)                                          # (N, 3)
+        device = patches.device
+        window = self.config.window_size // self.config.patch_size              # in patches
+        head_dim = self.config.hidden_size // self.config.num_heads
+        positions = patch_positions(grid_thw, merge)                            # (N, 3)
         in_frame = Groups.of(positions[:, 0], device)
         in_window = Groups.of(positions // torch.tensor([1, window, window]), device)
-        angles = rotary_angles(positions[:, 1:].to(device), self.config.hidden_size // self.config.num_heads)
+        angles = rotary_angles(positions[:, 1:].to(device), head_dim)           # (N, head_dim / 2)
 
-        x = self.patch_embed(patches.to(self.patch_embed.weight.dtype))                       # (N, D)
+        x = self.patch_embed(patches.to(self.patch_embed.weight.dtype))         # (N, D)
         for i, block in enumerate(self.blocks):
-            x = block(x, angles, in_frame if i in self.config.full_attention_blocks else in_window)
-        return self.merger(x)                                                                 # (N / merge^2, out_hidden_size)
+            groups = in_frame if i in self.config.full_attention_blocks else in_window
+            x = block(x, angles, groups)
+        return self.merger(x)                                                   # (N / merge^2, out)
 
 
 # ---------------------------------------------------------------- captions -> token ids
 
 @functools.cache
 def characters(category: str) -> str:
-    r"""All characters of a Unicode category ("L": letters, "N": numbers), to stand inside a [...]: `re` knows no \p{L}."""
-    codes = (code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)).startswith(category))
-    runs = (list(run) for _, run in itertools.groupby(enumerate(codes), lambda pair: pair[1] - pair[0]))
-    return "".join(rf"\U{run[0][1]:08x}-\U{run[-1][1]:08x}" for run in runs)
+    r"""All characters of a Unicode category, as ranges for a regular expression's [...].
+
+    Python's `re` has no \p{L}. category: "L" for letters, "N" for numbers.
+    """
+    every = range(sys.maxunicode + 1)
+    codes = [code for code in every if unicodedata.category(chr(code)).startswith(category)]
+    ranges = []
+    # Consecutive codes are those with one difference between code and index.
+    for _, pairs in itertools.groupby(enumerate(codes), lambda pair: pair[1] - pair[0]):
+        run = [code for _, code in pairs]
+        ranges.append(rf"\U{run[0]:08x}-\U{run[-1]:08x}")
+    return "".join(ranges)
 
 
 @functools.cache
 def word_pattern() -> re.Pattern:
-    """Qwen2's split of a text into words, which no merge crosses: contractions, letters, single digits, signs, white space."""
+    """The pattern of Qwen2's words: pieces of a text that no merge crosses."""
     letter, number = characters("L"), characters("N")
-    space = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"   # not \s: `re` counts \x1c-\x1f as well
-    return re.compile(rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n{letter}{number}]?[{letter}]+|[{number}]"
-                      rf"| ?[^{space}{letter}{number}]+[\r\n]*|[{space}]*[\r\n]+|[{space}]+(?![^{space}])|[{space}]+")
+    # Unicode's white space; \s of `re` includes \x1c-\x1f as well.
+    space = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+    words = (
+        "(?i:'s|'t|'re|'ve|'m|'ll|'d)",                 # contractions
+        rf"[^\r\n{letter}{number}]?[{letter}]+",        # letters, with a sign or space before them
+        rf"[{number}]",                                 # single digits
+        rf" ?[^{space}{letter}{number}]+[\r\n]*",       # signs, with a space before them
+        rf"[{space}]*[\r\n]+",                          # ends of lines
+        rf"[{space}]+(?![^{space}])",                   # white space, less one before a word
+        rf"[{space}]+")
+    return re.compile("|".join(words))
 
 
 def byte_symbols() -> list[str]:
-    """The visible character that stands for each byte in vocab.json: its own, or one from 256 on where it has none (GPT-2)."""
-    visible, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, itertools.count(256)
+    """The visible character by which vocab.json writes each byte, as GPT-2 does.
+
+    A visible byte is its own character; the others take the characters from 256 on.
+    """
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = itertools.count(256)
     return [chr(byte if byte in visible else next(others)) for byte in range(256)]
 
 
 class QwenTokenizer:
-    """Byte-level BPE: nothing is unknown. Chat markers such as <|im_end|> are plain text here, since captions have none.
+    """Qwen2's byte-level BPE, in which every text has tokens.
 
-    folder: holds vocab.json and merges.txt. Raises ValueError, naming file and line, for what is missing or does not fit.
+    Chat markers such as <|im_end|> are plain text here, since captions have none.
+
+    folder: holds vocab.json and merges.txt.
+    Raises ValueError, naming file and line, if one is missing or malformed.
     """
 
     def __init__(self, folder: str | Path):
         vocab_file, merges_file = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
         for file in (vocab_file, merges_file):
             if not file.is_file():
-                raise ValueError(f"{file}: no such file; the tokenizer is vocab.json and merges.txt of Qwen2.5-VL")
+                raise ValueError(f"{file}: no such file; the tokenizer is vocab.json and "
+                                 "merges.txt of Qwen2.5-VL")
         try:
             self.ids = json.loads(vocab_file.read_text("utf-8"))
         except ValueError as error:
             raise ValueError(f"{vocab_file}: not valid JSON ({error})") from error
         self.symbols = byte_symbols()
-        if absent := [byte for byte, symbol in enumerate(self.symbols) if symbol not in self.ids]:
-            raise ValueError(f"{vocab_file}: no token for byte {absent[0]}, expected one for each of the 256")
+        for byte, symbol in enumerate(self.symbols):
+            if symbol not in self.ids:
+                raise ValueError(f"{vocab_file}: no token for byte {byte}, expected one for each "
+                                 "of the 256")
         self.ranks = {}
         for number, line in enumerate(merges_file.read_text("utf-8").split("\n"), start=1):
             if not line or number == 1 and line.startswith("#version"):
                 continue
             pair = tuple(line.split(" "))
             if len(pair) != 2 or "".join(pair) not in self.ids:
-                raise ValueError(f"{merges_file}, line {number}: {line!r}, expected two pieces that together are in vocab.json")
+                raise ValueError(f"{merges_file}, line {number}: {line!r}, expected two pieces "
+                                 "whose concatenation is in vocab.json")
             self.ranks[pair] = len(self.ranks)
-        self.word_ids = functools.lru_cache(maxsize=2 ** 16)(self.merge)      # captions repeat their words
+        self.word_ids = functools.lru_cache(maxsize=2 ** 16)(self.merge)      # words recur
 
     def merge(self, word: str) -> list[int]:
-        """Ids of one word: its bytes, the pair that comes first in merges.txt joined again and again."""
+        """The ids of one word: join its bytes, each time the pair that is first in merges.txt."""
         pieces = [self.symbols[byte] for byte in word.encode("utf-8")]
         while len(pieces) > 1:
-            rank, i = min((self.ranks.get(pair, math.inf), i) for i, pair in enumerate(itertools.pairwise(pieces)))
-            if rank == math.inf:
+            ranks = [self.ranks.get(pair, math.inf) for pair in itertools.pairwise(pieces)]
+            best = min(ranks)
+            if best == math.inf:
                 break
+            i = ranks.index(best)
             pieces[i:i + 2] = ["".join(pieces[i:i + 2])]
         return [self.ids[piece] for piece in pieces]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, nothing added at its ends; the empty text has none. Source: Qwen2's tokenizer."""
+        """The ids of `text`, without begin or end tokens. Source: Qwen2's tokenizer."""
         words = word_pattern().findall(unicodedata.normalize("NFC", text))
         return [token for word in words for token in self.word_ids(word)]
 
@@ -371,7 +463,10 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 class QwenTeacher(nn.Module):
-    """Equation (4)'s targets. embedding: (vocabulary, out_dim), the language model's input embeddings."""
+    """Qwen2.5-VL's features of pictures and captions, the targets of equation (4).
+
+    embedding: (vocabulary, out_dim), the language model's input embeddings
+    """
 
     def __init__(self, vision: QwenVision, tokenizer: QwenTokenizer, embedding: Tensor):
         super().__init__()
@@ -380,18 +475,22 @@ class QwenTeacher(nn.Module):
         self.embedding = nn.Parameter(embedding, requires_grad=False)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
-                        **overrides) -> "QwenTeacher":
-        """The released folder: config.json, vocab.json, merges.txt, the index and the shards that hold what is used here.
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32,
+                        device: str | torch.device = "cpu", **overrides) -> "QwenTeacher":
+        """Load the frozen teacher from the released folder.
 
+        The folder holds config.json, vocab.json, merges.txt, the index and the shards with
+        `visual.*` and the input embeddings. overrides: as in QwenVision.
         Raises ValueError naming the file for anything missing or of the wrong shape.
         """
         vision = QwenVision.from_pretrained(folder, dtype, device, **overrides)
         tokenizer = QwenTokenizer(folder)
         checkpoint = Checkpoint(folder, wanted=(EMBEDDING,))
-        shape, rows, width = checkpoint.shape(EMBEDDING), max(tokenizer.ids.values()) + 1, vision.config.out_hidden_size
+        shape = checkpoint.shape(EMBEDDING)
+        rows, width = max(tokenizer.ids.values()) + 1, vision.config.out_hidden_size
         if len(shape) != 2 or shape[0] < rows or shape[1] != width:
-            raise ValueError(f"{checkpoint.path}: {EMBEDDING} {shape}, expected at least {rows} rows (the ids of vocab.json) "
+            raise ValueError(f"{checkpoint.path}: {EMBEDDING} {shape}, expected at least "
+                             f"{rows} rows (the ids of vocab.json) "
                              f"of width {width} (the vision encoder's)")
         return cls(vision, tokenizer, checkpoint.read(EMBEDDING, dtype, device))
 
@@ -400,140 +499,47 @@ class QwenTeacher(nn.Module):
         return self.embedding.shape[1]
 
     @torch.no_grad()
-    def image_features(self, images: Sequence[Picture]) -> Tensor:
-        """(B, out_dim) float32: the mean over each picture's merged tokens. images: as in `preprocess`."""
+    def image_features(self, pictures: Sequence[Picture]) -> Tensor:
+        """Mean merged token of each picture, (B, out_dim) float32. pictures: see `preprocess`."""
         config = self.vision.config
-        patches, grid_thw = preprocess(images, config.patch_size, config.spatial_merge_size, config.temporal_patch_size)
-        tokens = self.vision(patches.to(self.embedding.device), grid_thw)                     # (N / merge^2, out_dim)
-        lengths = grid_thw.prod(dim=1) // config.spatial_merge_size ** 2
-        return torch.stack([part.float().mean(dim=0) for part in tokens.split(lengths.tolist())])  # (B, out_dim)
+        patches, grid_thw = preprocess(pictures, config.patch_size, config.spatial_merge_size,
+                                       config.temporal_patch_size)
+        tokens = self.vision(patches.to(self.embedding.device), grid_thw)        # (M, out_dim)
+        lengths = grid_thw.prod(dim=1) // config.spatial_merge_size ** 2         # (B,)
+        by_picture = tokens.split(lengths.tolist())
+        return torch.stack([part.float().mean(dim=0) for part in by_picture])    # (B, out_dim)
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """(B, out_dim) float32: the mean input embedding of each text's tokens, no padding among them.
+        """Mean input embedding of each text's tokens, without padding, (B, out_dim) float32.
 
-        Raises ValueError for an empty text: it has no tokens, hence no direction to align with.
+        Raises ValueError for an empty text, which has no tokens to average.
         """
         if isinstance(texts, str) or len(texts) == 0 or "" in texts:
             raise ValueError(f"texts = {texts!r}, expected a sequence of texts, none of them empty")
-        ids = [torch.tensor(self.tokenizer.encode(text), device=self.embedding.device) for text in texts]
-        return torch.stack([F.embedding(one, self.embedding).float().mean(dim=0) for one in ids])               # (B, out_dim)
-
-
-# ---------------------------------------------------------------- a small teacher, trained on pairs
-
-PADDING = 0                                                      # the id of <pad> in a sentencepiece model of T5's kind
-
-
-@dataclass(frozen=True)
-class ContrastiveTeacherConfig:
-    """Sizes of the small teacher. Raises ValueError for sizes that do not fit each other."""
-    vocab_size: int
-    image_size: int = 64                                         # pixels, both sides
-    channels: int = 64                                           # of the first convolution; the others have twice as many
-    depth: int = 1                                               # blocks of the text side: these names are those of `Block`
-    hidden_size: int = 128
-    intermediate_size: int = 256
-    num_heads: int = 4
-    out_dim: int = 128
-
-    def __post_init__(self):
-        if self.num_heads < 1 or self.hidden_size % (4 * self.num_heads):
-            raise ValueError(f"num_heads = {self.num_heads}, expected to cut hidden_size = {self.hidden_size} into fours")
-        if self.image_size < 16 or self.image_size % 16:
-            raise ValueError(f"image_size = {self.image_size}, expected a multiple of 16")
-
-
-class ContrastiveTeacher(nn.Module):
-    """What the tiny preset has for Qwen2.5-VL: a picture and its caption, and no other's, are mapped to one direction.
-
-    Pictures: convolutions, then one matrix over all places, so that a feature can tell where something is. Texts: the mean
-    over the tokens after a block of attention, which tells a word which object it is about.
-    """
-
-    def __init__(self, config: ContrastiveTeacherConfig, tokenizer: SentencePieceProcessor):
-        super().__init__()
-        self.config, self.tokenizer = config, tokenizer
-        c, places = config.channels, (config.image_size // 16) ** 2
-        self.image = nn.Sequential(
-            nn.PixelUnshuffle(4), nn.Conv2d(48, c, 3, padding=1), nn.SiLU(),                  # (B, c, S / 4, S / 4)
-            nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), nn.SiLU(),                           # (B, 2 c, S / 8, S / 8)
-            nn.Conv2d(2 * c, 2 * c, 3, stride=2, padding=1), nn.SiLU(),                       # (B, 2 c, S / 16, S / 16)
-            nn.Flatten(), nn.Linear(2 * c * places, config.out_dim))                          # (B, out_dim)
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.text = nn.Linear(config.hidden_size, config.out_dim)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32,
-                        device: str | torch.device = "cpu") -> "ContrastiveTeacher":
-        """The frozen teacher from a folder with model.safetensors and tokenizer.model.
-
-        Raises ValueError naming the file for anything missing or of the wrong shape.
-        """
-        checkpoint, file = Checkpoint(folder), Path(folder) / "tokenizer.model"
-        config = make_config(ContrastiveTeacherConfig, checkpoint.config, str(checkpoint.path))
-        try:
-            tokenizer = SentencePieceProcessor(model_proto=file.read_bytes())
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"{file}: not a sentencepiece model ({error})") from error
-        if (found := (tokenizer.get_piece_size(), tokenizer.pad_id())) != (config.vocab_size, PADDING):
-            raise ValueError(f"{file}: {found[0]} pieces, <pad> is {found[1]}; expected {config.vocab_size} and {PADDING}")
-        with torch.device("meta"):
-            model = cls(config, tokenizer)
-        sources = {name: Source((name,)) for name in model.state_dict()}
-        return load(model, checkpoint, sources, dtype=dtype, device=device).eval().requires_grad_(False)
-
-    @property
-    def out_dim(self) -> int:
-        return self.config.out_dim
-
-    def token_ids(self, texts: Sequence[str]) -> Tensor:
-        """(B, L) ids, padded to the longest text. Raises ValueError for an empty text."""
-        rows = [] if isinstance(texts, str) else self.tokenizer.encode(list(texts))
-        if not rows or not all(rows):
-            raise ValueError(f"texts = {texts!r}, expected a sequence of texts, none of them empty")
-        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PADDING)     # (B, L)
-
-    def encode_texts(self, ids: Tensor) -> Tensor:
-        """(B, out_dim) of ids (B, L). Padding is left out before anything is computed."""
-        kept = ids != PADDING                                                                 # (B, L)
-        text, place = kept.nonzero(as_tuple=True)                                             # (N,) which text, where in it
-        groups = Groups.of(text, ids.device)
-        angles = rotary_angles(place[:, None].expand(-1, 2), self.config.hidden_size // self.config.num_heads)
-        x = self.embedding(ids[kept])                                                         # (N, D)
-        for block in self.blocks:
-            x = block(x, angles, groups)
-        total = x.new_zeros(len(ids), x.shape[1]).index_add(0, text, x)                       # (B, D)
-        return self.text(total / kept.sum(dim=1, keepdim=True))                               # (B, out_dim)
-
-    def forward(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, out_dim) of images (B, 3, S, S) in [-1, 1] and of their captions' ids (B, L)."""
-        with sdpa_kernel(SDPBackend.MATH):                       # on CPU twice as fast as the fused backward of short sequences
-            return self.image(images), self.encode_texts(ids)
-
-    @torch.no_grad()
-    def image_features(self, images: Sequence[Picture]) -> Tensor:
-        """(B, out_dim) float32. images: PIL pictures or uint8 arrays (S, S, 3). Raises ValueError for other sizes."""
-        pixels, size = [rgb(image) for image in images], self.config.image_size
-        if (found := {p.shape for p in pixels}) != {(size, size, 3)}:
-            raise ValueError(f"pictures of shapes {sorted(found)}, expected at least one, each ({size}, {size}, 3)")
-        x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(self.embedding.weight.device)       # (B, 3, S, S)
-        return self.image((x / 127.5 - 1).to(self.embedding.weight.dtype)).float()                      # (B, out_dim)
-
-    @torch.no_grad()
-    def text_features(self, texts: Sequence[str]) -> Tensor:
-        """(B, out_dim) float32. Raises ValueError for an empty text."""
-        return self.encode_texts(self.token_ids(texts).to(self.embedding.weight.device)).float()
+        features = []
+        for text in texts:
+            ids = torch.tensor(self.tokenizer.encode(text), device=self.embedding.device)
+            tokens = F.embedding(ids, self.embedding)                            # (L, out_dim)
+            features.append(tokens.float().mean(dim=0))
+        return torch.stack(features)                                             # (B, out_dim)
 
 
 def load_teacher(path: str | Path, dtype: torch.dtype = torch.float32,
-                 device: str | torch.device = "cpu") -> QwenTeacher | ContrastiveTeacher:
-    """The teacher in a folder: the small one has a tokenizer.model, Qwen2.5-VL a vocab.json. Raises ValueError for others."""
-    for file, kind in (("tokenizer.model", ContrastiveTeacher), ("vocab.json", QwenTeacher)):
-        if (Path(path) / file).is_file():
-            return kind.from_pretrained(path, dtype, device)
-    raise ValueError(f"{path}: expected a teacher's folder, with tokenizer.model (the small one) or vocab.json (Qwen2.5-VL)")
+                 device: str | torch.device = "cpu") -> nn.Module:
+    """Load the teacher in a folder: the small one has a tokenizer.model, Qwen2.5-VL a vocab.json.
+
+    Both have `out_dim`, `tokenizer`, `image_features(pictures)` and `text_features(texts)`.
+    Raises ValueError for any other folder.
+    """
+    folder = Path(path)
+    if (folder / "tokenizer.model").is_file():
+        from experiments.small_teacher import ContrastiveTeacher   # it imports this file
+        return ContrastiveTeacher.from_pretrained(folder, dtype, device)
+    if (folder / "vocab.json").is_file():
+        return QwenTeacher.from_pretrained(folder, dtype, device)
+    raise ValueError(f"{path}: expected a teacher's folder, with tokenizer.model (the small "
+                     "teacher) or vocab.json (Qwen2.5-VL)")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""The image autoencoder of Stable Diffusion 3: a picture becomes 16 channels at 1/8 of its size, and back.
+"""The image autoencoder of Stable Diffusion 3: images to 16 channels at 1/8 of the size, and back.
 
-Architecture of Rombach et al. 2022 (2112.10752) with the 16 latent channels of Esser et al. 2024 (2403.03206): a convolutional
-encoder that predicts a Gaussian per latent pixel and a mirrored decoder. Reads the released weights in all their layouts.
+Architecture of Rombach et al. 2022 (2112.10752) with the 16 latent channels of Esser et al. 2024
+(2403.03206): a convolutional encoder, which predicts a Gaussian per latent pixel, and a mirrored
+decoder. Reads the released weights in all their layouts.
 
-Run alone to reconstruct a picture and print the PSNR:   python vae.py CHECKPOINT PICTURE [RECONSTRUCTION.png]
+Run alone to reconstruct a picture and print the PSNR:
+    python vae.py CHECKPOINT PICTURE [RECONSTRUCTION.png]
 """
 import itertools
 import math
@@ -19,49 +21,60 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from checkpoint import Checkpoint, Source, load, make_config
+from checkpoint import Checkpoint, Source, load, make_config, option
 
 
 @dataclass
 class VAEConfig:
-    latent_channels: int = 16
-    block_channels: tuple[int, ...] = (128, 256, 512, 512)       # one level each; the picture is halved between levels
-    layers_per_block: int = 2                                    # residual blocks per encoder level; the decoder has one more
-    norm_groups: int = 32
-    scale: float = 1.5305                                        # latents leave encode() as (z - shift) * scale
-    shift: float = 0.0609
-    mid_attention: bool = True
-    stem: int = 1                                                # s x s pixels become channels first; the released weights have 1
+    """Sizes of the autoencoder. The defaults are those of Stable Diffusion 3."""
+    latent_channels: int = option(16, "channels of the latents")
+    block_channels: tuple[int, ...] = option(
+        (128, 256, 512, 512), "channels of each level; the size halves between levels")
+    layers_per_block: int = option(
+        2, "residual blocks per level of the encoder; the decoder has one more")
+    norm_groups: int = option(32, "groups of every group normalisation")
+    scale: float = option(1.5305, "factor of the latents: (z - shift) * scale")
+    shift: float = option(0.0609, "offset of the latents: (z - shift) * scale")
+    mid_attention: bool = option(True, "self-attention on the smallest feature map")
+    stem: int = option(
+        1, "side of the pixel squares that the encoder first folds into channels")
 
     def __post_init__(self):
-        sizes = (self.latent_channels, self.layers_per_block, self.norm_groups, self.stem, *self.block_channels)
+        sizes = (self.latent_channels, self.layers_per_block, self.norm_groups, self.stem,
+                 *self.block_channels)
         if min(sizes) < 1 or not self.block_channels or self.scale == 0:
-            raise ValueError(f"sizes must be positive, scale not zero and block_channels not empty, got {self}")
+            raise ValueError("sizes must be positive, scale not zero and block_channels not empty, "
+                             f"got {self}")
         if any(width % self.norm_groups for width in self.block_channels):
-            raise ValueError(f"norm_groups = {self.norm_groups} does not divide all of block_channels = {self.block_channels}; "
-                             "the shapes of a checkpoint do not tell it: give norm_groups=...")
+            raise ValueError(
+                f"norm_groups = {self.norm_groups} does not divide all of "
+                f"block_channels = {self.block_channels}; the shapes of a checkpoint do not show "
+                "the number of groups: pass norm_groups=...")
 
 
 # ---------------------------------------------------------------- parts
 
 class ResBlock(nn.Module):
+    """Two normalised 3 x 3 convolutions beside a shortcut."""
+
     def __init__(self, width_in: int, width: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, width_in, eps=1e-6)
         self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, width, eps=1e-6)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)                        # a fresh block starts as the identity, which trains faster
+        # A fresh block is its shortcut alone, which trains faster.
+        nn.init.zeros_(self.conv2.weight)
         self.shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:                      # (B, C_in, H, W)
         h = self.conv1(F.silu(self.norm1(x)))                    # (B, C, H, W)
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(F.silu(self.norm2(h)))                    # (B, C, H, W)
         return self.shortcut(x) + h                              # (B, C, H, W)
 
 
 class Attention(nn.Module):
-    """One head over all pixels of the smallest feature map."""
+    """Self-attention with one head over all pixels of the smallest feature map."""
 
     def __init__(self, width: int, groups: int):
         super().__init__()
@@ -71,121 +84,156 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:                      # (B, C, H, W)
         h = self.norm(x).flatten(2).transpose(1, 2)              # (B, H*W, C)
-        q, k, v = self.qkv(h).unsqueeze(1).chunk(3, dim=-1)      # (B, 1, H*W, C) each
+        qkv = self.qkv(h).unsqueeze(1)                           # (B, 1, H*W, 3*C)
+        q, k, v = qkv.chunk(3, dim=-1)                           # (B, 1, H*W, C) each
         h = F.scaled_dot_product_attention(q, k, v).squeeze(1)   # (B, H*W, C)
         return x + self.out(h).transpose(1, 2).reshape(x.shape)  # (B, C, H, W)
 
 
 class Downsample(nn.Conv2d):
+    """Halve height and width."""
+
     def __init__(self, width: int):
         super().__init__(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:                      # (B, C, H, W)
-        # The released weights were trained with padding at the right and at the bottom only.
+        # The released weights expect padding at the right and at the bottom only.
         return super().forward(F.pad(x, (0, 1, 0, 1)))           # (B, C, H/2, W/2)
 
 
 class Upsample(nn.Conv2d):
+    """Double height and width."""
+
     def __init__(self, width: int):
         super().__init__(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:                      # (B, C, H, W)
-        return super().forward(F.interpolate(x, scale_factor=2))  # (B, C, 2H, 2W)
+        x = F.interpolate(x, scale_factor=2)                     # (B, C, 2H, 2W)
+        return super().forward(x)                                # (B, C, 2H, 2W)
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then the way to the next resolution (nothing after the last level)."""
+    """Residual blocks at one resolution, then `resample` to the next."""
 
     def __init__(self, width_in: int, width: int, layers: int, groups: int, resample: nn.Module):
         super().__init__()
-        self.blocks = nn.Sequential(*(ResBlock(width_in if i == 0 else width, width, groups) for i in range(layers)))
+        widths_in = [width_in] + [width] * (layers - 1)
+        self.blocks = nn.Sequential(*(ResBlock(w, width, groups) for w in widths_in))
         self.resample = resample
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resample(self.blocks(x))
+    def forward(self, x: Tensor) -> Tensor:                      # (B, C_in, H, W)
+        return self.resample(self.blocks(x))                     # (B, C, H', W')
+
+
+def levels(widths: tuple[int, ...], layers: int, groups: int,
+           resample: type[nn.Module]) -> nn.Sequential:
+    """One level per width, with `resample` between levels and nothing after the last."""
+    stack = []
+    for i, width in enumerate(widths):
+        width_in = widths[max(i - 1, 0)]
+        between = nn.Identity() if i == len(widths) - 1 else resample(width)
+        stack.append(Level(width_in, width, layers, groups, between))
+    return nn.Sequential(*stack)
 
 
 def middle(width: int, config: VAEConfig) -> nn.Sequential:
+    groups = config.norm_groups
     return nn.Sequential(OrderedDict(
-        first=ResBlock(width, width, config.norm_groups),
-        attention=Attention(width, config.norm_groups) if config.mid_attention else nn.Identity(),
-        last=ResBlock(width, width, config.norm_groups)))
+        first=ResBlock(width, width, groups),
+        attention=Attention(width, groups) if config.mid_attention else nn.Identity(),
+        last=ResBlock(width, width, groups)))
 
 
 class Encoder(nn.Module):
+    """Images to the moments of the latents."""
+
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths, last = config.block_channels, len(config.block_channels) - 1
+        widths, groups = config.block_channels, config.norm_groups
         self.stem = nn.PixelUnshuffle(config.stem)
         self.conv_in = nn.Conv2d(3 * config.stem ** 2, widths[0], 3, padding=1)
-        self.levels = nn.Sequential(*(
-            Level(widths[max(i - 1, 0)], width, config.layers_per_block, config.norm_groups,
-                  Downsample(width) if i < last else nn.Identity())
-            for i, width in enumerate(widths)))
+        self.levels = levels(widths, config.layers_per_block, groups, Downsample)
         self.mid = middle(widths[-1], config)
-        self.norm_out = nn.GroupNorm(config.norm_groups, widths[-1], eps=1e-6)
+        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:                 # (B, 3, H, W)
-        x = self.conv_in(self.stem(images))                      # (B, C_first, H/stem, W/stem)
-        x = self.mid(self.levels(x))                             # (B, C_last, H/downscale, W/downscale)
-        return self.conv_out(F.silu(self.norm_out(x)))           # (B, 2*latent_channels, H/downscale, W/downscale)
+        x = self.stem(images)                                    # (B, 3*stem^2, H/stem, W/stem)
+        x = self.conv_in(x)                                      # (B, C_first, H/stem, W/stem)
+        x = self.mid(self.levels(x))                             # (B, C_last, H/down, W/down)
+        return self.conv_out(F.silu(self.norm_out(x)))           # (B, 2*C_latent, H/down, W/down)
 
 
 class Decoder(nn.Module):
-    """The encoder backwards: levels are numbered from the smallest feature map up."""
+    """Latents to images: the encoder backwards. Level 0 has the smallest feature map."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths, last = config.block_channels[::-1], len(config.block_channels) - 1
+        widths, groups = config.block_channels[::-1], config.norm_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid = middle(widths[0], config)
-        self.levels = nn.Sequential(*(
-            Level(widths[max(i - 1, 0)], width, config.layers_per_block + 1, config.norm_groups,
-                  Upsample(width) if i < last else nn.Identity())
-            for i, width in enumerate(widths)))
-        self.norm_out = nn.GroupNorm(config.norm_groups, widths[-1], eps=1e-6)
+        self.levels = levels(widths, config.layers_per_block + 1, groups, Upsample)
+        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 3 * config.stem ** 2, 3, padding=1)
         self.unstem = nn.PixelShuffle(config.stem)
 
-    def forward(self, z: Tensor) -> Tensor:                      # (B, latent_channels, h, w)
-        x = self.levels(self.mid(self.conv_in(z)))               # (B, C_first, h*downscale/stem, w*downscale/stem)
-        x = self.conv_out(F.silu(self.norm_out(x)))              # (B, 3*stem^2, h*downscale/stem, w*downscale/stem)
-        return self.unstem(x)                                    # (B, 3, h*downscale, w*downscale)
+    def forward(self, z: Tensor) -> Tensor:                      # (B, C_latent, h, w)
+        x = self.mid(self.conv_in(z))                            # (B, C_last, h, w)
+        x = self.levels(x)                                       # (B, C_first, H/stem, W/stem)
+        x = self.conv_out(F.silu(self.norm_out(x)))              # (B, 3*stem^2, H/stem, W/stem)
+        return self.unstem(x)                                    # (B, 3, H, W)
 
 
 # ---------------------------------------------------------------- names in the released files
 
-# Own part of a name (a regular expression) -> the same part in the file, replaced in this order.
+# Own part of a name (a regular expression) -> the same part in the file. The order counts.
 DIFFUSERS = {
     r"^encoder\.levels\.(\d+)\.resample": r"encoder.down_blocks.\1.downsamplers.0.conv",
     r"^decoder\.levels\.(\d+)\.resample": r"decoder.up_blocks.\1.upsamplers.0.conv",
-    r"^encoder\.levels": "encoder.down_blocks", r"^decoder\.levels": "decoder.up_blocks",
-    r"\.blocks": ".resnets", r"\.mid\.first": ".mid_block.resnets.0", r"\.mid\.last": ".mid_block.resnets.1",
-    r"\.mid\.attention\.norm": ".mid_block.attentions.0.group_norm", r"\.mid\.attention": ".mid_block.attentions.0",
-    r"\.out\.": ".to_out.0.", r"\.shortcut": ".conv_shortcut", r"\.norm_out": ".conv_norm_out",
+    r"^encoder\.levels": "encoder.down_blocks",
+    r"^decoder\.levels": "decoder.up_blocks",
+    r"\.blocks": ".resnets",
+    r"\.mid\.first": ".mid_block.resnets.0",
+    r"\.mid\.last": ".mid_block.resnets.1",
+    r"\.mid\.attention\.norm": ".mid_block.attentions.0.group_norm",
+    r"\.mid\.attention": ".mid_block.attentions.0",
+    r"\.out\.": ".to_out.0.",
+    r"\.shortcut": ".conv_shortcut",
+    r"\.norm_out": ".conv_norm_out",
 }
 SINGLE_FILE = {
     r"^encoder\.levels\.(\d+)\.resample": r"encoder.down.\1.downsample.conv",
     r"^decoder\.levels\.(\d+)\.resample": r"decoder.up.\1.upsample.conv",
-    r"^encoder\.levels": "encoder.down", r"^decoder\.levels": "decoder.up",
-    r"\.blocks": ".block", r"\.mid\.first": ".mid.block_1", r"\.mid\.last": ".mid.block_2",
-    r"\.mid\.attention": ".mid.attn_1", r"\.out\.": ".proj_out.", r"\.shortcut": ".nin_shortcut",
+    r"^encoder\.levels": "encoder.down",
+    r"^decoder\.levels": "decoder.up",
+    r"\.blocks": ".block",
+    r"\.mid\.first": ".mid.block_1",
+    r"\.mid\.last": ".mid.block_2",
+    r"\.mid\.attention": ".mid.attn_1",
+    r"\.out\.": ".proj_out.",
+    r"\.shortcut": ".nin_shortcut",
 }
 # Fields of the diffusers config.json -> own fields.
-DIFFUSERS_CONFIG = {"latent_channels": "latent_channels", "block_out_channels": "block_channels",
-                    "layers_per_block": "layers_per_block", "norm_num_groups": "norm_groups",
-                    "scaling_factor": "scale", "shift_factor": "shift", "mid_block_add_attention": "mid_attention"}
+DIFFUSERS_CONFIG = {
+    "latent_channels": "latent_channels",
+    "block_out_channels": "block_channels",
+    "layers_per_block": "layers_per_block",
+    "norm_num_groups": "norm_groups",
+    "scaling_factor": "scale",
+    "shift_factor": "shift",
+    "mid_block_add_attention": "mid_attention",
+}
+FIRST_CONV = "encoder.levels.0.blocks.0.conv1.weight"            # only in the project's own layout
 
 
 def _as_linear(*parts: Tensor) -> Tensor:
-    """Matrices, 1 x 1 convolutions or biases as one matrix or bias."""
+    """Join matrices, 1 x 1 convolutions or biases into one matrix or bias."""
     return torch.cat([part.reshape(part.shape[:2]) for part in parts])
 
 
 def source_of(name: str, checkpoint: Checkpoint) -> Source:
-    """Where the tensor with this own name stands in `checkpoint`, whatever its layout."""
-    if "encoder.levels.0.blocks.0.conv1.weight" in checkpoint:
+    """The origin of the tensor with this own name in a checkpoint of any layout."""
+    if FIRST_CONV in checkpoint:
         return Source((name,))
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in checkpoint:
         renames, qkv = DIFFUSERS, ("to_q", "to_k", "to_v")
@@ -195,8 +243,10 @@ def source_of(name: str, checkpoint: Checkpoint) -> Source:
         last = checkpoint.count("decoder.up.{}.") - 1
         name = re.sub(r"(?<=^decoder\.levels\.)\d+", lambda match: str(last - int(match[0])), name)
     else:
-        raise ValueError(f"{checkpoint.path}: not an SD3 autoencoder in a known layout; expected encoder.down_blocks.*, "
-                         f"first_stage_model.encoder.down.* or encoder.levels.*, found {', '.join(checkpoint.names()[:4])}")
+        raise ValueError(
+            f"{checkpoint.path}: not an SD3 autoencoder in a known layout; expected "
+            "encoder.down_blocks.*, first_stage_model.encoder.down.* or encoder.levels.*, "
+            f"found {', '.join(checkpoint.names()[:4])}")
     as_linear = re.search(r"attention\.(qkv|out)\.", name)
     for own, theirs in renames.items():
         name = re.sub(own, theirs, name)
@@ -207,38 +257,44 @@ def source_of(name: str, checkpoint: Checkpoint) -> Source:
 
 
 def fields_of(checkpoint: Checkpoint) -> dict:
-    """Configuration of a checkpoint: what its shapes tell, overruled by the configuration that comes with it."""
+    """Fields of VAEConfig: from the shapes, overruled by the checkpoint's own configuration."""
     def file_name(name: str) -> str:
         return source_of(name, checkpoint).names[0]
 
     def count(pattern: str) -> int:
         return next(i for i in itertools.count() if file_name(pattern.format(i)) not in checkpoint)
 
+    first_conv = "encoder.levels.{}.blocks.0.conv1.weight"
+    convs = [file_name(first_conv.format(level)) for level in range(count(first_conv))]
     fields = {
-        "block_channels": tuple(checkpoint.shape(file_name(f"encoder.levels.{i}.blocks.0.conv1.weight"))[0]
-                                for i in range(count("encoder.levels.{}.blocks.0.conv1.weight"))),
+        "block_channels": tuple(checkpoint.shape(conv)[0] for conv in convs),
         "latent_channels": checkpoint.shape("decoder.conv_in.weight")[1],
         "layers_per_block": count("encoder.levels.0.blocks.{}.conv1.weight"),
         "mid_attention": file_name("encoder.mid.attention.norm.weight") in checkpoint,
         "stem": math.isqrt(checkpoint.shape("encoder.conv_in.weight")[1] // 3),
     }
-    if "encoder.levels.0.blocks.0.conv1.weight" in checkpoint:   # the project's own layout, with the fields of VAEConfig
-        return fields | checkpoint.config
-    return fields | {own: checkpoint.config[theirs] for theirs, own in DIFFUSERS_CONFIG.items() if theirs in checkpoint.config}
+    given = checkpoint.config
+    if FIRST_CONV not in checkpoint:
+        given = {own: given[theirs] for theirs, own in DIFFUSERS_CONFIG.items() if theirs in given}
+    return fields | given
 
 
 # ---------------------------------------------------------------- the model
 
-def _check(tensor: Tensor, channels: int, multiple: int, what: str) -> None:
+def _check(name: str, tensor: Tensor, channels: int, multiple: int) -> None:
     if tensor.ndim != 4 or tensor.shape[1] != channels or not tensor.is_floating_point():
-        raise ValueError(f"{what} must be a floating-point tensor (B, {channels}, H, W), "
+        raise ValueError(f"{name} must be a floating-point tensor (B, {channels}, H, W), "
                          f"got {tensor.dtype} {tuple(tensor.shape)}")
-    if min(tensor.shape[2:]) < multiple or any(side % multiple for side in tensor.shape[2:]):
-        raise ValueError(f"height and width of {what} must be multiples of {multiple}, got {tuple(tensor.shape[2:])}")
+    if any(side < multiple or side % multiple for side in tensor.shape[2:]):
+        raise ValueError(f"height and width of {name} must be multiples of {multiple}, "
+                         f"got {tuple(tensor.shape[2:])}")
 
 
 class VAE(nn.Module):
-    """Encoder and decoder. All methods compute in the dtype of the weights and keep gradients."""
+    """Encoder and decoder. All methods compute in the dtype of the weights and keep gradients.
+
+    Shapes: images (B, 3, H, W), latents (B, C, h, w) with H = h * downscale and W = w * downscale.
+    """
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -252,59 +308,73 @@ class VAE(nn.Module):
         return self.config.stem * 2 ** (len(self.config.block_channels) - 1)
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the posterior, each (B, latent_channels, H/downscale, W/downscale), not normalised.
+        """Mean and log variance of the posterior, each (B, C, h, w), not normalised.
 
-        images: (B, 3, H, W) in [-1, 1], H and W multiples of `downscale`; anything else is a ValueError.
+        images: (B, 3, H, W) in [-1, 1].
+        Raises ValueError for another shape or dtype, or if H or W is no multiple of `downscale`.
         """
-        _check(images, 3, self.downscale, "images")
-        mean, logvar = self.encoder(images.to(self.encoder.conv_in.weight.dtype)).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)                       # (B, latent_channels, H/downscale, W/downscale) each
+        _check("images", images, 3, self.downscale)
+        images = images.to(self.encoder.conv_in.weight.dtype)
+        mean, logvar = self.encoder(images).chunk(2, dim=1)      # (B, C, h, w) each
+        return mean, logvar.clamp(-30, 20)
 
-    def encode(self, images: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
-        """Normalised latents (z - shift) * scale, (B, latent_channels, H/downscale, W/downscale), of about unit variance.
+    def encode(self, images: Tensor, sample: bool = False,
+               generator: torch.Generator | None = None) -> Tensor:
+        """Normalised latents (z - shift) * scale of about unit variance, (B, C, h, w).
 
-        images: as for `moments`. z is the posterior's mean, or with sample=True a draw from it by `generator`.
+        images: as for `moments`
+        sample: False: z is the mean of the posterior; True: z is drawn from it by `generator`
         """
-        z, logvar = self.moments(images)
+        z, logvar = self.moments(images)                         # (B, C, h, w) each
         if sample:
-            noise = torch.randn(z.shape, generator=generator, device=generator.device if generator else z.device)
+            device = generator.device if generator else z.device
+            noise = torch.randn(z.shape, generator=generator, device=device)
             z = z + (0.5 * logvar).exp() * noise.to(z)
         return (z - self.config.shift) * self.config.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, h*downscale, w*downscale), nominally in [-1, 1] but not clamped: losses need the overshoot.
+        """Images (B, 3, H, W), nominally in [-1, 1]. No clamp: losses need the overshoot.
 
-        latents: (B, latent_channels, h, w) as `encode` returns them; anything else is a ValueError.
+        latents: (B, C, h, w) as `encode` returns them.
+        Raises ValueError for another shape or dtype.
         """
-        _check(latents, self.config.latent_channels, 1, "latents")
-        return self.decoder(latents.to(self.decoder.conv_in.weight.dtype) / self.config.scale + self.config.shift)
+        _check("latents", latents, self.config.latent_channels, 1)
+        latents = latents.to(self.decoder.conv_in.weight.dtype)
+        return self.decoder(latents / self.config.scale + self.config.shift)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
-                        **overrides) -> "VAE":
-        """The autoencoder in a diffusers folder (or the repository around it), an SD3 single file or this project's own file.
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32,
+                        device: str | torch.device = "cpu", **overrides) -> "VAE":
+        """Load an autoencoder.
 
-        overrides: fields of VAEConfig; norm_groups is needed for a single file whose groups are not 32.
-        Raises ValueError naming the file and what does not fit in it.
+        path:      a diffusers folder, the repository around it, an SD3 single file or a file that
+                   this project wrote
+        overrides: fields of VAEConfig; a single file needs norm_groups unless it has 32 groups
+        Raises ValueError naming the file and the tensors or fields that do not fit.
         """
         checkpoint = Checkpoint(path, subfolders=("vae",)).under("first_stage_model.")
-        config = make_config(VAEConfig, fields_of(checkpoint) | overrides, str(checkpoint.path))
+        fields = fields_of(checkpoint) | overrides
+        config = make_config(VAEConfig, fields, str(checkpoint.path))
         with torch.device("meta"):
             vae = cls(config)
-        return load(vae, checkpoint, {name: source_of(name, checkpoint) for name in vae.state_dict()}, dtype=dtype, device=device)
+        sources = {name: source_of(name, checkpoint) for name in vae.state_dict()}
+        return load(vae, checkpoint, sources, dtype=dtype, device=device)
 
 
-def reconstruct(checkpoint: str, picture: str, out: str | None = None) -> None:
-    """Encode and decode a picture (cropped to whole latent pixels), print the PSNR, write the result to `out`."""
+def reconstruct(checkpoint: str, file: str, out: str | None = None) -> None:
+    """Encode and decode a picture, cropped to whole latent pixels; print the PSNR, write `out`."""
     vae = VAE.from_pretrained(checkpoint)
-    pixels = torch.from_numpy(np.array(Image.open(picture).convert("RGB"))).permute(2, 0, 1)            # (3, H, W)
-    height, width = (side - side % vae.downscale for side in pixels.shape[1:])
-    images = pixels[None, :, :height, :width] / 127.5 - 1                                               # (1, 3, H, W)
+    picture = np.array(Image.open(file).convert("RGB"))          # (H, W, 3)
+    height, width = (side - side % vae.downscale for side in picture.shape[:2])
+    picture = torch.from_numpy(picture[:height, :width])
+    images = picture.permute(2, 0, 1)[None] / 127.5 - 1          # (1, 3, H, W)
     with torch.no_grad():
-        result = vae.decode(vae.encode(images)).clamp(-1, 1)                                            # (1, 3, H, W)
-    print(f"{width} x {height} pixels, PSNR {10 * math.log10(4 / F.mse_loss(result, images).item()):.2f} dB")
+        result = vae.decode(vae.encode(images)).clamp(-1, 1)     # (1, 3, H, W)
+    psnr = 10 * math.log10(4 / F.mse_loss(result, images).item())
+    print(f"{width} x {height} pixels, PSNR {psnr:.2f} dB")
     if out:
-        Image.fromarray(((result[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()).save(out)
+        pixels = (result[0].permute(1, 2, 0) + 1) * 127.5        # (H, W, 3)
+        Image.fromarray(pixels.round().byte().numpy()).save(out)
 
 
 if __name__ == "__main__":

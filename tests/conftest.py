@@ -1,4 +1,4 @@
-"""What the tests share: the reference outputs, and checkpoints of full size that take no room on the disk."""
+"""Shared by the tests: reference outputs, sparse checkpoints of full size, and a quick run."""
 import json
 import math
 import os
@@ -6,17 +6,18 @@ import struct
 import sys
 from pathlib import Path
 
+import pytest
 from safetensors import safe_open
 from torch import Tensor
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""         # the tests compare bit for bit, which holds on the CPU only
+os.environ["CUDA_VISIBLE_DEVICES"] = ""         # tests compare bit for bit: CPU only
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS.parent))
 
 
 def golden(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict]:
-    """weights, inputs, outputs (dictionaries of tensors) and the configuration of tests/golden/<name>.safetensors."""
+    """Read tests/golden/<name>.safetensors: weights, inputs and outputs by name; configuration."""
     parts = {"weights": {}, "in": {}, "out": {}}
     with safe_open(TESTS / "golden" / f"{name}.safetensors", framework="pt") as file:
         for full in file.keys():
@@ -26,13 +27,15 @@ def golden(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, T
 
 
 def manifest(name: str) -> dict:
-    """A full-size released checkpoint: "tensors" {name: shape}, "parameters" (their number), "config"."""
+    """Describe a full-size release: "tensors" {name: shape}, "parameters" (count), "config"."""
     return json.loads((TESTS / "manifests" / f"{name}.json").read_text())
 
 
-def write_sparse(path: Path, shapes: dict[str, list[int]], metadata: dict[str, str] | None = None) -> None:
-    """A float16 safetensors file of these shapes, all zeros: a header, then a hole where the weights would be."""
-    header, end = {"__metadata__": metadata} if metadata else {}, 0
+def write_sparse(path: Path, shapes: dict[str, list[int]],
+                 metadata: dict[str, str] | None = None) -> None:
+    """Write a float16 safetensors file of zeros: a header, then a hole in place of the weights."""
+    header = {"__metadata__": metadata} if metadata else {}
+    end = 0
     for name, shape in shapes.items():
         start, end = end, end + 2 * math.prod(shape)
         header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
@@ -44,7 +47,7 @@ def write_sparse(path: Path, shapes: dict[str, list[int]], metadata: dict[str, s
 
 
 def write_shards(folder: Path, tensors: dict, write, count: int = 2) -> list[Path]:
-    """`tensors` spread over `count` files by write(path, part), with the index that names them."""
+    """Spread `tensors` over `count` files with write(path, part); write their index."""
     names, weight_map, paths = list(tensors), {}, []
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
@@ -53,9 +56,49 @@ def write_shards(folder: Path, tensors: dict, write, count: int = 2) -> list[Pat
         write(path, part)
         weight_map |= dict.fromkeys(part, path.name)
         paths.append(path)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return paths
 
 
 def parameter_count(module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+# ---------------------------------------------------------------- a quick run
+
+STEPS = ("--preset mini --train_scenes 120 --test_scenes 6 --vae_steps 2 --teacher_steps 2 "
+         "--steps 6 --log_every 1 --save_every 3 --batch_size 4").split()
+LOOP = STEPS + ("--model.width 32 --model.depth 2 --model.num_heads 2 --model.text_dim 32 "
+                "--sampling.steps 2 --sampling.text_steps 2").split()
+QUICK = LOOP + "--vae.block_channels 16 --text_encoder.dim 32".split()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """A quick run from scratch to its report. Read only: several files of tests share it."""
+    import train
+
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    train.main([*QUICK, "--out", str(run)])
+    return run
+
+
+def part_options(run: Path) -> list[str]:
+    """The options that take the frozen parts of another run."""
+    return ["--vae_path", str(run / "vae.safetensors"),
+            "--t5_path", str(run / "text_encoder.safetensors"),
+            "--tokenizer_path", str(run / "tokenizer.model"),
+            "--teacher_path", str(run / "teacher")]
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[dict]:
+    """The metrics except the time, which differs from run to run."""
+    lines = metrics(run)
+    for line in lines:
+        line.pop("seconds")
+    return lines

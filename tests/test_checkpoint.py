@@ -1,4 +1,4 @@
-"""checkpoint.py: what it reads, what it refuses and with which words, and that writing never leaves half a file."""
+"""checkpoint.py: the layouts it reads, its error messages, and its atomic writes."""
 import json
 import re
 import struct
@@ -24,12 +24,17 @@ class Config:
 
 
 def tensors():
-    return {"a.weight": torch.arange(6.).reshape(2, 3), "a.bias": torch.tensor([7., 8.]), "b.weight": torch.ones(4).half()}
+    return {
+        "a.weight": torch.arange(6.).reshape(2, 3),
+        "a.bias": torch.tensor([7., 8.]),
+        "b.weight": torch.ones(4).half(),
+    }
 
 
 def refuses(*words):
-    """A ValueError whose text has all of these words."""
-    return pytest.raises(ValueError, match="(?s)" + "".join(f"(?=.*{re.escape(str(word))})" for word in words))
+    """Expect a ValueError whose text has all of these words."""
+    patterns = [f"(?=.*{re.escape(str(word))})" for word in words]
+    return pytest.raises(ValueError, match="(?s)" + "".join(patterns))
 
 
 # ---------------------------------------------------------------- reading
@@ -37,12 +42,13 @@ def refuses(*words):
 def test_single_file(tmp_path):
     save_file(tensors(), tmp_path / "x.safetensors", {"config": '{"width": 3}'})
     for path in (tmp_path / "x.safetensors", str(tmp_path)):
-        found = Checkpoint(path)
-        assert set(found.names()) == set(tensors()) and found.config == {"width": 3}
-        assert found.shape("a.weight") == (2, 3) and "a.bias" in found and "c" not in found
-        assert torch.equal(found.read("a.weight"), tensors()["a.weight"])
-        assert found.read("b.weight").dtype == torch.float32 and found.read("b.weight", torch.bfloat16).dtype == torch.bfloat16
-        assert found.read("a.weight", device="meta").is_meta
+        file = Checkpoint(path)
+        assert set(file.names()) == set(tensors()) and file.config == {"width": 3}
+        assert file.shape("a.weight") == (2, 3) and "a.bias" in file and "c" not in file
+        assert torch.equal(file.read("a.weight"), tensors()["a.weight"])
+        assert file.read("b.weight").dtype == torch.float32
+        assert file.read("b.weight", torch.bfloat16).dtype == torch.bfloat16
+        assert file.read("a.weight", device="meta").is_meta
 
 
 def test_config_beside_the_weights_wins(tmp_path):
@@ -53,21 +59,23 @@ def test_config_beside_the_weights_wins(tmp_path):
 
 def test_shards_and_subfolder(tmp_path):
     write_shards(tmp_path / "vae", tensors(), lambda path, part: save_file(part, path))
-    found = Checkpoint(tmp_path, subfolders=("vae",))
-    assert set(found.names()) == set(tensors()) and all(torch.equal(found.read(n, t.dtype), t) for n, t in tensors().items())
+    shards = Checkpoint(tmp_path, subfolders=("vae",))
+    assert set(shards.names()) == set(tensors())
+    assert all(torch.equal(shards.read(n, t.dtype), t) for n, t in tensors().items())
 
 
 def test_under_takes_the_first_prefix_that_occurs(tmp_path):
     save_file(tensors(), tmp_path / "x.safetensors")
-    found = Checkpoint(tmp_path)
-    assert set(found.under("none.", "a.").names()) == {"weight", "bias"}
-    assert set(found.under("none.").names()) == set(tensors())
-    assert torch.equal(found.under("a.").read("bias"), tensors()["a.bias"])
+    file = Checkpoint(tmp_path)
+    assert set(file.under("none.", "a.").names()) == {"weight", "bias"}
+    assert set(file.under("none.").names()) == set(tensors())
+    assert torch.equal(file.under("a.").read("bias"), tensors()["a.bias"])
 
 
 def test_count(tmp_path):
     save_file({f"block.{i}.w": torch.zeros(1) for i in range(11)}, tmp_path / "x.safetensors")
-    assert Checkpoint(tmp_path).count("block.{}.") == 11 and Checkpoint(tmp_path).count("layer.{}.") == 0
+    assert Checkpoint(tmp_path).count("block.{}.") == 11
+    assert Checkpoint(tmp_path).count("layer.{}.") == 0
 
 
 def test_fp8_is_upcast_exactly(tmp_path):
@@ -144,8 +152,10 @@ def test_tensor_missing_from_its_shard(tmp_path):
         Checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "", "\xff", "[1]", '{"metadata": {}}', '{"weight_map": ["a"]}',
-                                  '{"weight_map": {"a": 1}}', '{"weight_map": {}}'])
+@pytest.mark.parametrize("text", [
+    "{", "", "\xff", "[1]", '{"metadata": {}}',
+    '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}',
+])
 def test_invalid_index(tmp_path, text):
     write_shards(tmp_path, tensors(), lambda path, part: save_file(part, path))
     index = tmp_path / "model.safetensors.index.json"
@@ -172,11 +182,13 @@ def test_shape_of_an_absent_tensor(tmp_path):
 
 # ---------------------------------------------------------------- load
 
-def loaded(tmp_path, found, sources=None, **options):
-    save_file(found, tmp_path / "x.safetensors")
+SOURCES = {"weight": Source(("top", "bottom")), "bias": Source(("bias",), lambda b: 2 * b)}
+
+
+def loaded(tmp_path, weights, sources=SOURCES, **options):
+    save_file(weights, tmp_path / "x.safetensors")
     with torch.device("meta"):
         module = nn.Linear(3, 2)
-    sources = {"weight": Source(("top", "bottom")), "bias": Source(("bias",), lambda b: 2 * b)} if sources is None else sources
     return load(module, Checkpoint(tmp_path), sources, **options)
 
 
@@ -184,15 +196,17 @@ GOOD = {"top": torch.zeros(1, 3), "bottom": torch.ones(1, 3), "bias": torch.tens
 
 
 def test_load_combines_and_ignores_the_known_rest(tmp_path):
-    module = loaded(tmp_path, GOOD | {"text_encoders.clip_l.x": torch.zeros(1)}, dtype=torch.bfloat16)
+    unused = {"text_encoders.clip_l.x": torch.zeros(1)}
+    module = loaded(tmp_path, GOOD | unused, dtype=torch.bfloat16)
     assert module.weight.tolist() == [[0, 0, 0], [1, 1, 1]] and module.bias.tolist() == [2, 4]
     assert module.weight.dtype == module.bias.dtype == torch.bfloat16
 
 
 def test_load_lists_everything_that_does_not_fit(tmp_path):
-    with refuses(tmp_path, "missing: bottom (needed for weight)", "wrong shape: bias (3,), expected (2,) for bias",
-                 "superfluous: extra (5,)"):
-        loaded(tmp_path, {"top": GOOD["top"], "bias": torch.zeros(3), "extra": torch.zeros(5)})
+    weights = {"top": GOOD["top"], "bias": torch.zeros(3), "extra": torch.zeros(5)}
+    with refuses(tmp_path, "missing: bottom (needed for weight)",
+                 "wrong shape: bias (3,), expected (2,) for bias", "superfluous: extra (5,)"):
+        loaded(tmp_path, weights)
 
 
 def test_load_names_parts_that_do_not_fit_together(tmp_path):
@@ -202,10 +216,11 @@ def test_load_names_parts_that_do_not_fit_together(tmp_path):
 
 def test_load_initialises_only_what_it_may(tmp_path):
     sources = {"weight": Source(("top", "bottom"))}
-    found = {name: GOOD[name] for name in ("top", "bottom")}
+    weights = {name: GOOD[name] for name in ("top", "bottom")}
     with refuses("missing: nothing in the file for bias (2,)"):
-        loaded(tmp_path, found, sources)
-    assert loaded(tmp_path, found, sources, initialise=lambda name, tensor: tensor.fill_(5)).bias.tolist() == [5, 5]
+        loaded(tmp_path, weights, sources)
+    module = loaded(tmp_path, weights, sources, initialise=lambda name, tensor: tensor.fill_(5))
+    assert module.bias.tolist() == [5, 5]
 
 
 # ---------------------------------------------------------------- make_config
@@ -250,10 +265,12 @@ def test_make_config_names_the_origin_of_refused_values():
 
 def test_save_and_read_back(tmp_path):
     file = tmp_path / "new" / "folder" / "x.safetensors"
-    save(file, tensors() | {"slice": torch.arange(6).reshape(2, 3).T}, Config(3, sizes=(4,)), step="12")
-    found = Checkpoint(file)
-    assert make_config(Config, found.config, "x") == Config(3, sizes=(4,)) and found.metadata["step"] == "12"
-    assert found.read("slice", torch.int64).tolist() == [[0, 3], [1, 4], [2, 5]]
+    transposed = {"slice": torch.arange(6).reshape(2, 3).T}
+    save(file, tensors() | transposed, Config(3, sizes=(4,)), step="12")
+    saved = Checkpoint(file)
+    assert make_config(Config, saved.config, "x") == Config(3, sizes=(4,))
+    assert saved.metadata["step"] == "12"
+    assert saved.read("slice", torch.int64).tolist() == [[0, 3], [1, 4], [2, 5]]
     assert [path.name for path in file.parent.iterdir()] == ["x.safetensors"]
 
 
@@ -269,7 +286,8 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_file", half_a_file)
     with pytest.raises(OSError, match="disk full"):
         save(file, {"w": torch.zeros(2)})
-    assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def test_save_keeps_the_configuration_as_json(tmp_path):

@@ -14,33 +14,37 @@ def parameters(seed: int) -> list[torch.nn.Parameter]:
 
 def test_steps_are_those_of_torch():
     own, theirs = parameters(0), parameters(0)
-    optimizers = Muon(own, lr=0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0, momentum=0.95, nesterov=True)
+    muon = Muon(own, lr=0.1)
+    reference = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0, momentum=0.95, nesterov=True)
     for step in range(5):
         gradients = [p.detach() for p in parameters(step + 1)]
-        for group, optimizer in zip((own, theirs), optimizers):
+        for group, optimizer in ((own, muon), (theirs, reference)):
             for p, gradient in zip(group, gradients):
                 p.grad = gradient.clone()
             optimizer.step()
     for a, b, start in zip(own, theirs, parameters(0)):
         assert (b - start).abs().max() > 0.1
-        torch.testing.assert_close(a, b, rtol=0, atol=5e-3)         # bfloat16 products, summed in another order
+        # The two sum their bfloat16 products in different orders.
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 64), (2, 64, 16), (1, 20, 20)])
 def test_singular_values_come_near_one_and_vectors_stay(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = orthogonalise(x).float()
-    assert found.shape == shape
-    values = torch.linalg.svdvals(found)
+    result = orthogonalise(x).float()
+    assert result.shape == shape
+    values = torch.linalg.svdvals(result)
     assert 0.6 < values.min() and values.max() < 1.3
     u, _, v = torch.linalg.svd(x, full_matrices=False)
-    rotated = u.mT @ found @ v.mT                                   # (n, k, k) diagonal if the vectors are the same
-    assert (rotated - torch.diag_embed(rotated.diagonal(dim1=1, dim2=2))).abs().max() < 0.05
+    rotated = u.mT @ result @ v.mT                              # (n, k, k), diagonal: same vectors
+    diagonal = torch.diag_embed(rotated.diagonal(dim1=1, dim2=2))
+    assert (rotated - diagonal).abs().max() < 0.05
 
 
 def test_every_third_step_is_three_times_as_long():
-    """The momentum is that of all steps, those of a matrix without a gradient not counted."""
-    matrices, gradients = parameters(0), [[p.detach() for p in parameters(seed)] for seed in range(1, 6)]
+    """The momentum includes every step in which the matrix has a gradient."""
+    matrices = parameters(0)
+    gradients = [[p.detach() for p in parameters(seed)] for seed in range(1, 6)]
     start = [p.detach().clone() for p in matrices]
     optimizer = Muon(matrices, lr=0.1, every=3)
     for step, given in enumerate(gradients):
@@ -51,10 +55,13 @@ def test_every_third_step_is_three_times_as_long():
         assert moved == [step >= 3] + [step >= 2] * 5
     for i, p in enumerate(matrices):
         momentum = torch.zeros_like(p)
-        for gradient in (used := [given[i] for given in gradients][i == 0:][:3]):
+        first = 1 if i == 0 else 0
+        used = [given[i] for given in gradients[first:first + 3]]
+        for gradient in used:
             momentum = 0.95 * momentum + 0.05 * gradient
         update = orthogonalise((0.95 * momentum + 0.05 * used[-1])[None])[0].float()
-        torch.testing.assert_close(p, start[i] - 0.3 * max(1, p.shape[0] / p.shape[1]) ** 0.5 * update, rtol=0, atol=5e-3)
+        distance = 0.3 * max(1, p.shape[0] / p.shape[1]) ** 0.5
+        torch.testing.assert_close(p, start[i] - distance * update, rtol=0, atol=5e-3)
 
 
 def test_parameters_without_a_gradient_stay():
@@ -74,7 +81,8 @@ def test_state_continues(every):
     third = Muon(other, lr=0.1, every=every)
     third.load_state_dict(second.state_dict())
     first.step(), third.step()
-    assert all(torch.equal(p, q) and not torch.equal(p, start) for p, q, start in zip(one, other, parameters(0)))
+    for p, q, start in zip(one, other, parameters(0)):
+        assert torch.equal(p, q) and not torch.equal(p, start)
 
 
 def test_other_than_matrices_is_an_error():

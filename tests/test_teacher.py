@@ -1,6 +1,4 @@
-"""teacher.py against Qwen2.5-VL's reference outputs, the full-size tensor names, and the ways in which files can be wrong;
-the small teacher, with random weights."""
-import io
+"""teacher.py: Qwen2.5-VL's reference outputs, full-size tensor names, and errors for bad files."""
 import json
 import shutil
 import struct
@@ -13,29 +11,32 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from checkpoint import Checkpoint, save
-from teacher import (EMBEDDING, PADDING, ContrastiveTeacher, ContrastiveTeacherConfig, QwenTeacher, QwenTokenizer, QwenVision,
-                     QwenVisionConfig, load_teacher, nearest_size, preprocess, word_pattern)
+from checkpoint import Checkpoint
+from teacher import (EMBEDDING, QwenTeacher, QwenTokenizer, QwenVision, QwenVisionConfig,
+                     load_teacher, nearest_size, preprocess, word_pattern)
 
 HERE = Path(__file__).parent
 VISION = HERE / "golden" / "qwen25vl_vision.safetensors"
 PREPROCESS = HERE / "golden" / "qwen25vl_preprocess.safetensors"
 BPE = HERE / "golden" / "qwen_bpe"
 MANIFEST = json.loads((HERE / "manifests" / "qwen25vl_7b_vision.json").read_text())
-TINY = dict(num_heads=2, window_size=56, full_attention_blocks=(1, 3))     # what the shapes of the reference do not tell
+# sizes of the reference that its tensors' shapes do not determine
+TINY = dict(num_heads=2, window_size=56, full_attention_blocks=(1, 3))
 
 
 def weights():
-    return {name.removeprefix("weights/"): t for name, t in load_file(VISION).items() if name.startswith("weights/")}
+    tensors = load_file(VISION)
+    names = [name for name in tensors if name.startswith("weights/")]
+    return {name.removeprefix("weights/"): tensors[name] for name in names}
 
 
 def released_config():
     with safe_open(VISION, framework="pt") as file:
         vision = json.loads(file.metadata()["config"])
     vision["in_chans"] = vision.pop("in_channels")
-    return {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "hidden_size": 40, "depth": 99, "vision_config": vision}
+    return {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "hidden_size": 40,
+            "depth": 99, "vision_config": vision}
 
 
 def shard(i):
@@ -43,20 +44,24 @@ def shard(i):
 
 
 def write_index(folder, weight_map):
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 @pytest.fixture
 def released(tmp_path):
-    """A small Qwen2.5-VL as it is released, with only those of its five shards on disk that hold what the teacher uses."""
+    """A small Qwen2.5-VL as it is released, without the two shards of five that nothing uses."""
     visual = weights()
     names = sorted(visual)
-    held = {1: {n: visual[n] for n in names[:20]}, 4: {n: visual[n] for n in names[20:]},
-            5: {EMBEDDING: torch.randn(2300, 40, generator=torch.Generator().manual_seed(0)).half()}}
-    for i, tensors in held.items():
+    embedding = torch.randn(2300, 40, generator=torch.Generator().manual_seed(0)).half()
+    shards = {1: {n: visual[n] for n in names[:20]},
+              4: {n: visual[n] for n in names[20:]},
+              5: {EMBEDDING: embedding}}
+    weight_map = {"model.layers.0.mlp.up_proj.weight": shard(2), "lm_head.weight": shard(3)}
+    for i, tensors in shards.items():
         save_file(tensors, tmp_path / shard(i))
-    weight_map = {name: shard(i) for i, tensors in held.items() for name in tensors}
-    write_index(tmp_path, weight_map | {"model.layers.0.mlp.up_proj.weight": shard(2), "lm_head.weight": shard(3)})
+        weight_map |= dict.fromkeys(tensors, shard(i))
+    write_index(tmp_path, weight_map)
     (tmp_path / "config.json").write_text(json.dumps(released_config()))
     for file in ("vocab.json", "merges.txt"):
         shutil.copy(BPE / file, tmp_path)
@@ -70,7 +75,7 @@ def bare(tmp_path):
     return tmp_path / "vision.safetensors"
 
 
-def pictures(*sizes):
+def random_pictures(*sizes):
     random = np.random.default_rng(0)
     return [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
 
@@ -80,40 +85,42 @@ def pictures(*sizes):
 def test_vision_equals_reference(released, bare):
     reference = load_file(VISION)
     for vision in (QwenVision.from_pretrained(released), QwenVision.from_pretrained(bare, **TINY)):
-        found = vision(reference["in/patches"], reference["in/grid_thw"])
-        assert found.shape == reference["out/features"].shape
-        assert (found - reference["out/features"]).abs().max() < 2e-5
-        assert not found.requires_grad and not vision.training
+        tokens = vision(reference["in/patches"], reference["in/grid_thw"])
+        assert tokens.shape == reference["out/features"].shape
+        assert (tokens - reference["out/features"]).abs().max() < 2e-5
+        assert not tokens.requires_grad and not vision.training
 
 
 def test_vision_in_bfloat16_stays_close(released):
     reference = load_file(VISION)
-    found = QwenVision.from_pretrained(released, dtype=torch.bfloat16)(reference["in/patches"], reference["in/grid_thw"])
-    assert found.dtype == torch.bfloat16
-    assert torch.cosine_similarity(found.float(), reference["out/features"]).min() > 0.99
+    vision = QwenVision.from_pretrained(released, dtype=torch.bfloat16)
+    tokens = vision(reference["in/patches"], reference["in/grid_thw"])
+    assert tokens.dtype == torch.bfloat16
+    assert torch.cosine_similarity(tokens.float(), reference["out/features"]).min() > 0.99
 
 
 def test_pictures_in_one_call_equal_each_alone(bare):
     vision = QwenVision.from_pretrained(bare, **TINY)
-    images = pictures((56, 84), (140, 112), (84, 196))
-    alone = [vision(*preprocess([image])) for image in images]
+    pictures = random_pictures((56, 84), (140, 112), (84, 196))
+    alone = [vision(*preprocess([picture])) for picture in pictures]
     assert [len(tokens) for tokens in alone] == [6, 20, 21]
-    torch.testing.assert_close(vision(*preprocess(images)), torch.cat(alone), atol=2e-6, rtol=0)
+    torch.testing.assert_close(vision(*preprocess(pictures)), torch.cat(alone), atol=2e-6, rtol=0)
 
 
 def test_frames_do_not_see_each_other(bare):
     vision = QwenVision.from_pretrained(bare, **TINY)
-    patches, grid = preprocess(pictures((84, 112), (84, 112)))
+    patches, grid = preprocess(random_pictures((84, 112), (84, 112)))
     video = vision(patches, torch.tensor([[2, 6, 8]]))
     torch.testing.assert_close(video, vision(patches, grid), atol=2e-6, rtol=0)
 
 
 def test_windows_bound_the_attention(bare):
     windowed = QwenVision.from_pretrained(bare, **TINY | dict(full_attention_blocks=()))
-    patches, grid = preprocess(pictures((140, 196)))                      # 5 x 7 merged tokens, windows of 2 x 2
+    patches, grid = preprocess(random_pictures((140, 196)))      # 5 x 7 tokens, windows of 2 x 2
     changed = patches.clone()
-    changed[4 * (2 * 7 + 3)] += 1                                         # a patch of the merged token in row 2, column 3
-    moved = (windowed(changed, grid) - windowed(patches, grid)).abs().amax(1).view(5, 7) > 1e-5
+    changed[4 * (2 * 7 + 3)] += 1                                # in the token of row 2, column 3
+    difference = (windowed(changed, grid) - windowed(patches, grid)).abs().amax(1)
+    moved = difference.view(5, 7) > 1e-5
     expected = torch.zeros(5, 7, dtype=torch.bool)
     expected[2:4, 2:4] = True
     assert torch.equal(moved, expected)
@@ -129,16 +136,18 @@ def test_windows_bound_the_attention(bare):
     ((48, 1176), [[8, 6]], r"\(frames, rows, columns\)"),
     ((48, 1176), [[-1, 8, -6]], r"\(frames, rows, columns\)"),
 ])
-def test_vision_refuses_what_does_not_fit(bare, patches, grid, words):
+def test_vision_refuses_wrong_shapes(bare, patches, grid, words):
     with pytest.raises(ValueError, match=words):
         QwenVision.from_pretrained(bare, **TINY)(torch.zeros(patches), torch.tensor(grid))
 
 
 @pytest.mark.parametrize("change, words", [
     (dict(), "num_heads = 16"),
-    (dict(num_heads=2), r"full_attention_blocks = \(7, 15, 23, 31\), expected numbers from 0 to 3"),
+    (dict(num_heads=2),
+     r"full_attention_blocks = \(7, 15, 23, 31\), expected numbers from 0 to 3"),
     (dict(TINY, window_size=60), "window_size = 60 .*28"),
-    (dict(TINY, full_attention_blocks=(1, 4)), r"full_attention_blocks = \(1, 4\), expected numbers from 0 to 3"),
+    (dict(TINY, full_attention_blocks=(1, 4)),
+     r"full_attention_blocks = \(1, 4\), expected numbers from 0 to 3"),
     (dict(TINY, windowsize=56), "vision.safetensors: unknown field 'windowsize'"),
     (dict(TINY, hidden_size=36, num_heads=3), r"vision.safetensors(.|\n)*wrong shape: blocks.0"),
 ])
@@ -151,20 +160,25 @@ def test_wrong_configurations(bare, change, words):
 
 @pytest.fixture
 def full_size(tmp_path):
-    """Qwen2.5-VL 7B's visual tensors and embedding in full size, in five sparse shards (every tensor zero, no disk taken)."""
+    """Qwen2.5-VL 7B's visual tensors and embedding in full size, in five sparse shards.
+
+    Every tensor is zero, so that the files take no disk.
+    """
     names = list(MANIFEST["tensors"])
     for i in range(5):
         header, end = {}, 0
         for name in names[i::5]:
-            begin, end = end, end + 2 * int(np.prod(MANIFEST["tensors"][name]))
-            header[name] = {"dtype": "BF16", "shape": MANIFEST["tensors"][name], "data_offsets": [begin, end]}
+            shape = MANIFEST["tensors"][name]
+            begin, end = end, end + 2 * int(np.prod(shape))
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         with open(tmp_path / shard(i + 1), "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + end)
     write_index(tmp_path, {name: shard(1 + k % 5) for k, name in enumerate(names)})
-    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 3584, "vision_config": MANIFEST["config"]}))
+    config = {"hidden_size": 3584, "vision_config": MANIFEST["config"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     return tmp_path
 
 
@@ -172,26 +186,33 @@ def test_full_size_names_and_shapes(full_size):
     for with_config in (True, False):
         vision = QwenVision.from_pretrained(full_size, device="meta", dtype=torch.bfloat16)
         assert vision.config == QwenVisionConfig()
-        assert sum(p.numel() for p in vision.parameters()) == MANIFEST["parameters"] - 152064 * 3584
+        count = sum(p.numel() for p in vision.parameters())
+        assert count == MANIFEST["parameters"] - 152064 * 3584
         (full_size / "config.json").unlink(missing_ok=True)
-    features = vision(torch.empty(2 * 36 * 36, 1176, device="meta"), torch.tensor([[1, 36, 36], [1, 36, 36]]))
-    assert features.shape == (2 * 18 * 18, 3584) and features.device.type == "meta"
+    patches = torch.empty(2 * 36 * 36, 1176, device="meta")
+    tokens = vision(patches, torch.tensor([[1, 36, 36], [1, 36, 36]]))
+    assert tokens.shape == (2 * 18 * 18, 3584) and tokens.device.type == "meta"
     for file in ("vocab.json", "merges.txt"):
         shutil.copy(BPE / file, full_size)
-    assert QwenTeacher.from_pretrained(full_size, device="meta").embedding.shape == (152064, 3584)
+    teacher = QwenTeacher.from_pretrained(full_size, device="meta")
+    assert teacher.embedding.shape == (152064, 3584)
 
 
 @pytest.mark.parametrize("name, replacement, words", [
     ("visual.merger.ln_q.weight", {}, r"missing: merger\.ln_q\.weight"),
-    ("visual.blocks.2.attn.qkv.bias", {"visual.blocks.2.attn.qkv.bias": (95,)}, r"2\.attn\.qkv\.bias \(95,\), expected \(96"),
-    ("visual.merger.ln_q.weight", {"visual.merger.ln_q.weight": (32,), "visual.extra": (3,)}, r"superfluous: extra \(3,\)"),
-    ("visual.patch_embed.proj.weight", {"visual.patch_embed.proj.weight": (32, 1176)}, r"\(32, 1176\), expected \(hidden"),
+    ("visual.blocks.2.attn.qkv.bias", {"visual.blocks.2.attn.qkv.bias": (95,)},
+     r"2\.attn\.qkv\.bias \(95,\), expected \(96"),
+    ("visual.merger.ln_q.weight", {"visual.merger.ln_q.weight": (32,), "visual.extra": (3,)},
+     r"superfluous: extra \(3,\)"),
+    ("visual.patch_embed.proj.weight", {"visual.patch_embed.proj.weight": (32, 1176)},
+     r"\(32, 1176\), expected \(hidden"),
     ("visual.patch_embed.proj.weight", {}, r"no tensor 'patch_embed\.proj\.weight'"),
 ])
 def test_wrong_tensors(tmp_path, name, replacement, words):
     tensors = weights()
     del tensors[name]
-    save_file(tensors | {n: torch.zeros(shape) for n, shape in replacement.items()}, tmp_path / "vision.safetensors")
+    tensors |= {n: torch.zeros(shape) for n, shape in replacement.items()}
+    save_file(tensors, tmp_path / "vision.safetensors")
     with pytest.raises(ValueError, match=rf"vision\.safetensors(.|\n)*{words}"):
         QwenVision.from_pretrained(tmp_path / "vision.safetensors", **TINY)
 
@@ -212,57 +233,68 @@ def test_only_wanted_shards_are_opened(released):
 
 def test_preprocess_equals_reference():
     reference = load_file(PREPROCESS)
-    for picture in (reference["in/image"].numpy(), Image.fromarray(reference["in/image"].numpy())):
+    pixels = reference["in/image"].numpy()
+    for picture in (pixels, Image.fromarray(pixels)):
         patches, grid = preprocess([picture])
         assert torch.equal(grid, reference["out/grid_thw"])
         torch.testing.assert_close(patches, reference["out/patches"], atol=1e-6, rtol=0)
 
 
 def test_preprocess_order():
+    """Each pixel holds the row and the column of its patch, and its own column in that patch."""
     rows, columns = np.indices((56, 112)) // 14
-    image = np.stack((rows, columns, np.indices((56, 112))[1] % 14), axis=-1).astype(np.uint8)
-    patches, grid = preprocess([image])
+    inside = np.indices((56, 112))[1] % 14
+    picture = np.stack((rows, columns, inside), axis=-1).astype(np.uint8)
+    patches, grid = preprocess([picture])
     assert grid.tolist() == [[1, 4, 8]]
     patches = patches.view(32, 3, 2, 14, 14)
-    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
-    values = ((patches * std.view(3, 1, 1, 1) + mean.view(3, 1, 1, 1)) * 255).round().int()
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1, 1)
+    values = ((patches * std + mean) * 255).round().int()
     where = values[:, :2, 0, 0, 0].tolist()
     assert where[:8] == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
     assert where[16:20] == [[2, 0], [2, 1], [3, 0], [3, 1]]
-    assert torch.equal(values[:, :, 0], values[:, :, 1])                                    # both frames show the picture
-    assert (values[:, 2] == torch.arange(14)).all()                                         # rows of pixels stay rows
+    assert torch.equal(values[:, :, 0], values[:, :, 1])            # both frames show the picture
+    assert (values[:, 2] == torch.arange(14)).all()                 # rows of pixels stay rows
 
 
 @pytest.mark.parametrize("size, expected", [
-    ((512, 512), (504, 504)), ((100, 200), (112, 196)), ((42, 70), (56, 56)),        # halves are rounded to even
-    ((20, 20), (56, 56)), ((10, 1000), (28, 560)), ((2000, 3000), (812, 1204)), ((20, 4000), (28, 4004)),
+    ((512, 512), (504, 504)), ((100, 200), (112, 196)),
+    ((42, 70), (56, 56)),                                           # halves are rounded to even
+    ((20, 20), (56, 56)), ((10, 1000), (28, 560)),
+    ((2000, 3000), (812, 1204)), ((20, 4000), (28, 4004)),
 ])
 def test_nearest_size(size, expected):
     assert nearest_size(*size, cell=28) == expected
 
 
 def test_resizing_is_bicubic():
-    image = pictures((100, 60))[0]
-    resized = np.asarray(Image.fromarray(image).resize((56, 112), Image.Resampling.BICUBIC))
-    patches, grid = preprocess([image])
+    picture = random_pictures((100, 60))[0]
+    resized = np.asarray(Image.fromarray(picture).resize((56, 112), Image.Resampling.BICUBIC))
+    patches, grid = preprocess([picture])
     assert grid.tolist() == [[1, 8, 4]] and torch.equal(patches, preprocess([resized])[0])
 
 
 def test_preprocess_converts_pictures_to_rgb():
-    image = Image.fromarray(pictures((56, 56))[0])
-    assert torch.equal(preprocess([image.convert("RGBA")])[0], preprocess([image])[0])
-    assert torch.equal(preprocess([image.convert("L")])[0], preprocess([image.convert("L").convert("RGB")])[0])
+    picture = Image.fromarray(random_pictures((56, 56))[0])
+    grey = picture.convert("L")
+    assert torch.equal(preprocess([picture.convert("RGBA")])[0], preprocess([picture])[0])
+    assert torch.equal(preprocess([grey])[0], preprocess([grey.convert("RGB")])[0])
 
 
-@pytest.mark.parametrize("images, words", [
-    ([], "at least one"), (Image.new("RGB", (56, 56)), "sequence"), (np.zeros((56, 56, 3), np.uint8), r"\(56, 3\)"),
-    ([np.zeros((56, 56, 3), np.float32)], "float32, expected .*uint8"), ([np.zeros((56, 56), np.uint8)], r"\(56, 56\)"),
+@pytest.mark.parametrize("pictures, words", [
+    ([], "at least one"),
+    (Image.new("RGB", (56, 56)), "sequence"),
+    (np.zeros((56, 56, 3), np.uint8), r"\(56, 3\)"),
+    ([np.zeros((56, 56, 3), np.float32)], "float32, expected .*uint8"),
+    ([np.zeros((56, 56), np.uint8)], r"\(56, 56\)"),
     ([np.zeros((3, 56, 56), np.uint8)], r"\(3, 56, 56\).*expected \(height, width, 3\)"),
-    ([np.zeros((0, 56, 3), np.uint8)], r"\(0, 56, 3\)"), ([np.zeros((2, 402, 3), np.uint8)], "2 x 402"),
+    ([np.zeros((0, 56, 3), np.uint8)], r"\(0, 56, 3\)"),
+    ([np.zeros((2, 402, 3), np.uint8)], "2 x 402"),
 ])
-def test_preprocess_refuses(images, words):
+def test_preprocess_refuses(pictures, words):
     with pytest.raises(ValueError, match=words):
-        preprocess(images)
+        preprocess(pictures)
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -290,7 +322,7 @@ def test_equal_texts_have_equal_ids(tokenizer):
     ("three!!\n\nlines \n  of", ["three", "!!\n\n", "lines", " \n", " ", " of"]),
     ("end  ", ["end", "  "]),
     ("\u3000字ª一二", ["\u3000字ª一二"]),
-    ("!\x1c!\x85!", ["!\x1c!", "\x85", "!"]),                             # \x1c is no white space in Unicode, \x85 is
+    ("!\x1c!\x85!", ["!\x1c!", "\x85", "!"]),                     # of the two, \x85 is white space
     ("𝒳𝒴 ⅷ🐈", ["𝒳𝒴", " ", "ⅷ", "🐈"]),
 ])
 def test_words(text, words):
@@ -301,22 +333,25 @@ def test_no_text_is_lost(tokenizer):
     names = {token: symbol for symbol, token in tokenizer.ids.items()}
     byte = {symbol: value for value, symbol in enumerate(tokenizer.symbols)}
     random = np.random.default_rng(0)
-    for _ in range(50):
-        codes = [c for c in random.integers(0, [0x80, 0x3000, 0x1F700][_ % 3], 40) if not 0xD800 <= c < 0xE000]
-        text = unicodedata.normalize("NFC", "".join(map(chr, codes)))
-        assert bytes(byte[s] for token in tokenizer.encode(text) for s in names[token]).decode() == text
+    for i in range(50):
+        codes = random.integers(0, [0x80, 0x3000, 0x1F700][i % 3], 40)
+        characters = [chr(code) for code in codes if not 0xD800 <= code < 0xE000]   # no surrogates
+        text = unicodedata.normalize("NFC", "".join(characters))
+        symbols = "".join(names[token] for token in tokenizer.encode(text))
+        assert bytes(byte[symbol] for symbol in symbols).decode() == text
 
 
 @pytest.mark.parametrize("file, change, words", [
     ("vocab.json", None, "vocab.json: no such file"),
     ("merges.txt", None, "merges.txt: no such file"),
     ("vocab.json", lambda text: text[:100], "vocab.json: not valid JSON"),
-    ("vocab.json", lambda text: text.replace('"A": 32', '"AA": 32'), "vocab.json: no token for byte 65"),
+    ("vocab.json", lambda text: text.replace('"A": 32', '"AA": 32'),
+     "vocab.json: no token for byte 65"),
     ("merges.txt", lambda text: text.replace("i n\n", "i n g\n", 1), "merges.txt, line 4: 'i n g'"),
     ("merges.txt", lambda text: text.replace("i n\n", "in\n", 1), "merges.txt, line 4: 'in'"),
     ("merges.txt", lambda text: text.replace("i n\n", "in 日\n", 1), "merges.txt, line 4: 'in 日'"),
 ])
-def test_tokenizer_names_what_is_wrong(tmp_path, file, change, words):
+def test_tokenizer_names_the_wrong_file(tmp_path, file, change, words):
     for name in ("vocab.json", "merges.txt"):
         text = (BPE / name).read_text("utf-8")
         if name != file:
@@ -332,10 +367,10 @@ def test_tokenizer_names_what_is_wrong(tmp_path, file, change, words):
 
 def test_image_features_are_means_of_merged_tokens(released):
     teacher = QwenTeacher.from_pretrained(released)
-    images = pictures((56, 84), (112, 112))
-    features = teacher.image_features(images)
+    pictures = random_pictures((56, 84), (112, 112))
+    features = teacher.image_features(pictures)
     assert features.shape == (2, 40) and features.dtype == torch.float32
-    alone = torch.stack([teacher.vision(*preprocess([image])).mean(0) for image in images])
+    alone = torch.stack([teacher.vision(*preprocess([picture])).mean(0) for picture in pictures])
     torch.testing.assert_close(features, alone, atol=2e-6, rtol=0)
 
 
@@ -351,7 +386,8 @@ def test_text_features_are_means_without_padding(released):
 def test_teacher_is_frozen(released):
     teacher = QwenTeacher.from_pretrained(released, dtype=torch.bfloat16)
     assert all(not p.requires_grad and p.dtype == torch.bfloat16 for p in teacher.parameters())
-    assert teacher.text_features(["a cat"]).dtype == teacher.image_features(pictures((56, 56))).dtype == torch.float32
+    assert teacher.text_features(["a cat"]).dtype == torch.float32
+    assert teacher.image_features(random_pictures((56, 56))).dtype == torch.float32
 
 
 @pytest.mark.parametrize("texts", [[], ["a", ""], "a cat"])
@@ -360,124 +396,37 @@ def test_text_features_refuse(released, texts):
         QwenTeacher.from_pretrained(released).text_features(texts)
 
 
-@pytest.mark.parametrize("shape, words", [((2000, 40), "at least 2256 rows"), ((2300, 39), "width 40"), ((2300,), r"\(2300,\)")])
+@pytest.mark.parametrize("shape, words", [
+    ((2000, 40), "at least 2256 rows"), ((2300, 39), "width 40"), ((2300,), r"\(2300,\)"),
+])
 def test_embedding_must_fit(released, shape, words):
     save_file({EMBEDDING: torch.zeros(shape)}, released / shard(5))
     with pytest.raises(ValueError, match=rf"{EMBEDDING}.*{words}"):
         QwenTeacher.from_pretrained(released)
 
 
-# ---------------------------------------------------------------- the small teacher
+# ---------------------------------------------------------------- both teachers
 
-TEXTS = ["a large red circle at the top left on a gray background", "a small blue square"]
-
-
-@pytest.fixture(scope="module")
-def pieces():
-    """A sentencepiece model of the words in TEXTS, as bytes."""
-    model = io.BytesIO()
-    SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=100, hard_vocab_limit=False,
-                               model_type="word", pad_id=PADDING, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
-    return model.getvalue()
-
-
-@pytest.fixture
-def teacher(pieces):
-    torch.manual_seed(0)
-    sizes = dict(image_size=32, channels=8, hidden_size=16, intermediate_size=24, num_heads=2, out_dim=12)
-    tokenizer = SentencePieceProcessor(model_proto=pieces)
-    return ContrastiveTeacher(ContrastiveTeacherConfig(tokenizer.get_piece_size(), **sizes), tokenizer).eval()
-
-
-@pytest.fixture
-def trained(teacher, pieces, tmp_path):
-    """The folder of a small teacher."""
-    save(tmp_path / "small" / "model.safetensors", teacher.state_dict(), teacher.config)
-    (tmp_path / "small" / "tokenizer.model").write_bytes(pieces)
-    return tmp_path / "small"
-
-
-def test_small_teacher_is_read_back(teacher, trained):
-    found, images = ContrastiveTeacher.from_pretrained(trained), pictures((32, 32), (32, 32))
-    assert found.config == teacher.config and not any(p.requires_grad for p in found.parameters())
-    assert torch.equal(found.image_features(images), teacher.image_features(images))
-    assert torch.equal(found.text_features(TEXTS), teacher.text_features(TEXTS))
+def check_interface(folder, dtype, kind, width):
+    """The features that `load_teacher` promises for either teacher; also for the small one."""
+    pictures = random_pictures((32, 32), (32, 32), (32, 32))
+    teacher = load_teacher(folder, dtype, "cpu")
+    assert type(teacher) is kind and teacher.out_dim == width
+    assert next(teacher.parameters()).dtype == dtype
+    for batch in (pictures, [Image.fromarray(picture) for picture in pictures]):
+        features = teacher.image_features(batch)
+        assert features.shape == (3, width) and features.dtype == torch.float32
+    features = teacher.text_features(["a large red circle", "a small blue square"])
+    assert features.shape == (2, width) and features.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_teachers_have_one_interface(trained, released, dtype):
-    for folder, kind, width in ((trained, ContrastiveTeacher, 12), (released, QwenTeacher, 40)):
-        found, images = load_teacher(folder, dtype, "cpu"), pictures((32, 32), (32, 32), (32, 32))
-        assert type(found) is kind and found.out_dim == width and next(found.parameters()).dtype == dtype
-        for features in (found.image_features(images), found.image_features([Image.fromarray(image) for image in images])):
-            assert features.shape == (3, width) and features.dtype == torch.float32
-        features = found.text_features(TEXTS)
-        assert features.shape == (2, width) and features.dtype == torch.float32
-
-
-def test_training_sees_what_the_features_are(teacher):
-    images = pictures((32, 32), (32, 32))
-    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
-    image, text = teacher(x, teacher.token_ids(TEXTS))
-    torch.testing.assert_close(image, teacher.image_features(images), atol=1e-6, rtol=0)
-    torch.testing.assert_close(text, teacher.text_features(TEXTS), atol=1e-6, rtol=0)
-    (image.sum() + text.sum()).backward()
-    assert all(p.grad is not None for p in teacher.parameters())
-
-
-def test_padding_does_not_matter(teacher):
-    alone = torch.cat([teacher.text_features([text]) for text in TEXTS])
-    torch.testing.assert_close(teacher.text_features(TEXTS), alone, atol=1e-6, rtol=0)
-    ids = teacher.token_ids(TEXTS)
-    assert (ids == PADDING).any()
-    padded = torch.nn.functional.pad(ids, (0, 5), value=PADDING)
-    torch.testing.assert_close(teacher(torch.zeros(2, 3, 32, 32), padded)[1], alone, atol=1e-6, rtol=0)
-
-
-def test_order_and_place_matter(teacher):
-    one, other = teacher.text_features(["a large red circle at a blue square", "a large blue circle at a red square"])
-    assert (one - other).abs().max() > 1e-4
-    left, right = np.zeros((2, 32, 32, 3), np.uint8)
-    left[:16, :16], right[:16, 16:] = 255, 255
-    one, other = teacher.image_features([left, right])
-    assert (one - other).abs().max() > 1e-4
-
-
-@pytest.mark.parametrize("texts", [[], ["a", ""], ["a", " "], "a cat"])
-def test_small_teacher_refuses_texts(teacher, texts):
-    with pytest.raises(ValueError, match="expected a sequence of texts, none of them empty"):
-        teacher.text_features(texts)
-
-
-@pytest.mark.parametrize("images", [[], pictures((32, 48)), pictures((32, 32), (64, 64)), [np.zeros((32, 32, 3), np.float32)]])
-def test_small_teacher_refuses_pictures(teacher, images):
-    with pytest.raises(ValueError, match=r"expected .*(\(32, 32, 3\)|uint8)"):
-        teacher.image_features(images)
-
-
-@pytest.mark.parametrize("sizes, words", [(dict(num_heads=3), "num_heads = 3"), (dict(image_size=40), "multiple of 16")])
-def test_small_teacher_sizes_must_fit(sizes, words):
-    with pytest.raises(ValueError, match=words):
-        ContrastiveTeacherConfig(vocab_size=40, **sizes)
-
-
-@pytest.mark.parametrize("file, content, words", [
-    ("tokenizer.model", b"no model", "tokenizer.model: not a sentencepiece model"),
-    ("model.safetensors", b"no tensors", "model.safetensors: not a whole safetensors file"),
-])
-def test_small_teacher_names_what_is_wrong(trained, file, content, words):
-    (trained / file).write_bytes(content)
-    with pytest.raises(ValueError, match=words):
-        load_teacher(trained)
-
-
-def test_small_teacher_needs_the_tokenizer_it_was_trained_with(teacher, trained):
-    save(trained / "model.safetensors", teacher.state_dict(), ContrastiveTeacherConfig(vocab_size=5))
-    with pytest.raises(ValueError, match="tokenizer.model: .* pieces.*expected 5"):
-        load_teacher(trained)
+def test_qwen_teacher_has_the_common_interface(released, dtype):
+    check_interface(released, dtype, QwenTeacher, 40)
 
 
 def test_a_folder_without_a_teacher(tmp_path):
+    words = "expected a teacher's folder, with tokenizer.model .* or vocab.json"
     for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match="expected a teacher's folder, with tokenizer.model .* or vocab.json"):
+        with pytest.raises(ValueError, match=words):
             load_teacher(path)

@@ -1,4 +1,7 @@
-"""text_encoder.py against the public reference implementation, in every layout, at full size without weights, on bad input."""
+"""text_encoder.py against the public reference implementation.
+
+In every layout, at full size without weights, and on bad input.
+"""
 import json
 import pickle
 import re
@@ -31,7 +34,8 @@ def test_ids_of_real_prompts(tok, case):
 
 
 def test_special_ids(tok):
-    assert (tok.vocab_size, tok.mask_id, tok.pad_id, tok.eos_id, tok.unk_id) == (32100, 32099, 0, 1, 2)
+    assert (tok.vocab_size, tok.mask_id) == (32100, 32099)
+    assert (tok.pad_id, tok.eos_id, tok.unk_id) == (0, 1, 2)
     assert T5Tokenizer(SPIECE, sentinels=5).mask_id == 32004
 
 
@@ -48,21 +52,25 @@ def test_batch_is_padded_and_cut(tok):
     cat, long = tok.encode("a cat"), tok.encode("a cat on a mat in a hat")
     assert ids.dtype == torch.int64
     assert ids.tolist() == [cat + [1] * (6 - len(cat)), [1] * 6, long[:5] + [1]]
-    assert T5Tokenizer(SPIECE, padding_id=0)(["a cat"], length=6).tolist() == [cat + [0] * (6 - len(cat))]
+    zeros = T5Tokenizer(SPIECE, padding_id=0)(["a cat"], length=6)
+    assert zeros.tolist() == [cat + [0] * (6 - len(cat))]
     assert tok(["a cat"]).shape == (1, 256) and tok([], length=8).shape == (0, 8)
-    assert tok(["a cat"], length=len(cat)).tolist() == [cat] and tok(["a cat"], length=1).tolist() == [[1]]
+    assert tok(["a cat"], length=len(cat)).tolist() == [cat]
+    assert tok(["a cat"], length=1).tolist() == [[1]]
 
 
 @pytest.mark.parametrize("padding_id", [0, 1])
 def test_a_caption_is_the_answer_to_no_question(padding_id):
-    tok, texts = T5Tokenizer(SPIECE, padding_id=padding_id), ["a cat", "", "a cat on a mat in a hat"]
+    tok = T5Tokenizer(SPIECE, padding_id=padding_id)
+    texts = ["a cat", "", "a cat on a mat in a hat"]
     for length in (4, 6, 256):
         ids, answer = tok.dialogue([""] * 3, texts, length)
         assert ids.dtype == torch.int64 and torch.equal(ids, tok(texts, length))
         assert answer.dtype == torch.bool and answer.shape == ids.shape and answer.all()
     ids, answer = tok.dialogue(["", ""], length=6)
     assert ids.tolist() == [[tok.mask_id] * 6] * 2 and answer.all()
-    assert [part.shape for part in tok.dialogue([], [], 8) + tok.dialogue([], length=8)] == [(0, 8)] * 4
+    nothing = tok.dialogue([], [], 8) + tok.dialogue([], length=8)
+    assert [part.shape for part in nothing] == [(0, 8)] * 4
     assert tok.dialogue(["a"], ["b"])[0].shape == (1, 256)
 
 
@@ -71,14 +79,18 @@ def test_questions_and_answers(padding_id):
     tok = T5Tokenizer(SPIECE, padding_id=padding_id)
     question, other = tok.encode("what is it?")[:-1], tok.encode("a dog or a cat?")[:-1]
     cat, long, length = tok.encode("a cat"), tok.encode("a cat on a mat in a hat"), 12
-    ids, answer = tok.dialogue(["what is it?", "a dog or a cat?", "what is it?"], ["a cat", "a cat", "a cat on a mat in a hat"],
-                               length)
-    assert ids.tolist() == [question + cat + [padding_id] * (length - len(question + cat)),
-                            other + cat + [padding_id] * (length - len(other + cat)),
-                            question + long[:length - len(question) - 1] + [1]]               # cut, with </s> as its last id
-    assert answer.tolist() == [[False] * n + [True] * (length - n) for n in map(len, (question, other, question))]
+    ids, answer = tok.dialogue(["what is it?", "a dog or a cat?", "what is it?"],
+                               ["a cat", "a cat", "a cat on a mat in a hat"], length)
+    assert ids.tolist() == [
+        question + cat + [padding_id] * (length - len(question + cat)),
+        other + cat + [padding_id] * (length - len(other + cat)),
+        question + long[:length - len(question) - 1] + [1],      # cut, with </s> as its last id
+    ]
+    starts = [len(question), len(other), len(question)]
+    assert answer.tolist() == [[False] * n + [True] * (length - n) for n in starts]
     masked, same = tok.dialogue(["what is it?", "a dog or a cat?"], length=length)
-    assert masked.tolist() == [q + [tok.mask_id] * (length - len(q)) for q in (question, other)] and torch.equal(same, answer[:2])
+    assert masked.tolist() == [q + [tok.mask_id] * (length - len(q)) for q in (question, other)]
+    assert torch.equal(same, answer[:2])
 
 
 def test_a_question_that_leaves_no_room(tok):
@@ -86,7 +98,8 @@ def test_a_question_that_leaves_no_room(tok):
     ids, answer = tok.dialogue(["", "what is it?"], ["a cat", "a cat"], n + 2)
     assert answer[1].sum() == 2 and ids[1, -1] == tok.eos_id
     for answers in (None, ["a cat", "a cat"]):
-        with pytest.raises(ValueError, match=rf"'what is it\?' has {n} tokens: .* at most {n - 1} of the length {n + 1}"):
+        words = rf"'what is it\?' has {n} tokens: .* at most {n - 1} of the length {n + 1}"
+        with pytest.raises(ValueError, match=words):
             tok.dialogue(["", "what is it?"], answers, n + 1)
 
 
@@ -94,7 +107,8 @@ def test_decode(tok):
     texts = ["A photo of a cat.", "", "two dogs, 3 cups"]
     assert tok.decode(tok(texts, length=20)) == texts
     cat, dog = tok.encode("a cat")[:-1], tok.encode("dog")
-    assert tok.decode([[0, 32099, *cat, 0, 32000, *dog, *cat], [32127, *dog], []]) == ["a cat dog", "dog", ""]
+    rows = [[0, 32099, *cat, 0, 32000, *dog, *cat], [32127, *dog], []]
+    assert tok.decode(rows) == ["a cat dog", "dog", ""]
 
 
 def test_tokenizer_survives_pickling(tok):
@@ -102,10 +116,18 @@ def test_tokenizer_survives_pickling(tok):
 
 
 @pytest.mark.parametrize("call", [
-    lambda tok: tok("a cat"), lambda tok: tok(["a cat"], length=0), lambda tok: tok([None]), lambda tok: tok.encode(b"a cat"),
-    lambda tok: tok.decode([1, 2]), lambda tok: tok.decode([[3, -1]]), lambda tok: tok.decode(torch.rand(1, 2)),
-    lambda tok: tok.dialogue("what?"), lambda tok: tok.dialogue(["what?"], "that"), lambda tok: tok.dialogue([None]),
-    lambda tok: tok.dialogue(["what?"], []), lambda tok: tok.dialogue(["what?"], ["a", "b"]),
+    lambda tok: tok("a cat"),
+    lambda tok: tok(["a cat"], length=0),
+    lambda tok: tok([None]),
+    lambda tok: tok.encode(b"a cat"),
+    lambda tok: tok.decode([1, 2]),
+    lambda tok: tok.decode([[3, -1]]),
+    lambda tok: tok.decode(torch.rand(1, 2)),
+    lambda tok: tok.dialogue("what?"),
+    lambda tok: tok.dialogue(["what?"], "that"),
+    lambda tok: tok.dialogue([None]),
+    lambda tok: tok.dialogue(["what?"], []),
+    lambda tok: tok.dialogue(["what?"], ["a", "b"]),
     lambda tok: tok.dialogue([""], length=0),
 ])
 def test_bad_texts_and_ids(tok, call):
@@ -124,9 +146,11 @@ def test_missing_and_garbage_models(tmp_path):
 
 def test_a_model_with_other_special_ids(tmp_path):
     with open(tmp_path / "other.model", "wb") as file:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a red circle", "a blue square"] * 9), model_writer=file,
-                                                 vocab_size=20, hard_vocab_limit=False, minloglevel=2)
-    with pytest.raises(ValueError, match=re.escape("other.model: <pad>, </s> and <unk> have the ids (-1, 2, 0)")):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["a red circle", "a blue square"] * 9), model_writer=file,
+            vocab_size=20, hard_vocab_limit=False, minloglevel=2)
+    words = "other.model: <pad>, </s> and <unk> have the ids (-1, 2, 0)"
+    with pytest.raises(ValueError, match=re.escape(words)):
         T5Tokenizer(tmp_path / "other.model")
     with pytest.raises(ValueError, match="sentinels = 0"):
         T5Tokenizer(SPIECE, sentinels=0)
@@ -141,10 +165,11 @@ def agrees(encoder):
 
 
 def folder(path, **changes):
-    """A released-style repository: two shards, an index and config.json below text_encoder_3/."""
+    """A repository like the release: two shards, index and config.json below text_encoder_3/."""
     weights, _, _, config = golden("t5_encoder")
-    shards = write_shards(path / "text_encoder_3", weights, lambda file, part: save_file(part, file))
-    (path / "text_encoder_3" / "config.json").write_text(json.dumps(config | changes))
+    below = path / "text_encoder_3"
+    shards = write_shards(below, weights, lambda file, part: save_file(part, file))
+    (below / "config.json").write_text(json.dumps(config | changes))
     return shards
 
 
@@ -153,16 +178,26 @@ def test_repository_and_folder_with_shards(tmp_path):
     for path in (tmp_path, tmp_path / "text_encoder_3"):
         encoder = T5Encoder.from_pretrained(path)
         agrees(encoder)
-        assert encoder.config == T5Config(vocab_size=300, dim=24, head_dim=8, ff_dim=56, depth=3, num_heads=4)
+        assert encoder.config == T5Config(
+            vocab_size=300, dim=24, head_dim=8, ff_dim=56, depth=3, num_heads=4)
 
 
-@pytest.mark.parametrize("prefix, foreign", [("", {}), (PREFIX, {}), (PREFIX, {"first_stage_model.x": torch.zeros(2)})])
-@pytest.mark.parametrize("embedding", [["shared"], ["shared", "encoder.embed_tokens"], ["encoder.embed_tokens"]])
+@pytest.mark.parametrize("prefix, foreign", [
+    ("", {}),
+    (PREFIX, {}),
+    (PREFIX, {"first_stage_model.x": torch.zeros(2)}),
+])
+@pytest.mark.parametrize("embedding", [
+    ["shared"],
+    ["shared", "encoder.embed_tokens"],
+    ["encoder.embed_tokens"],
+])
 def test_stand_alone_and_single_file(tmp_path, prefix, foreign, embedding):
     weights = golden("t5_encoder")[0]
     matrix = weights.pop("shared.weight")
     weights |= {f"{name}.weight": matrix.clone() for name in embedding}
-    save_file({prefix + name: tensor for name, tensor in weights.items()} | foreign, tmp_path / "x.safetensors")
+    prefixed = {prefix + name: tensor for name, tensor in weights.items()}
+    save_file(prefixed | foreign, tmp_path / "x.safetensors")
     agrees(T5Encoder.from_pretrained(tmp_path / "x.safetensors"))
 
 
@@ -170,9 +205,12 @@ def test_fp8_computes_with_exactly_the_upcast_weights(tmp_path):
     weights, inputs, _, _ = golden("t5_encoder")
     fp8 = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in weights.items()}
     save_file(fp8, tmp_path / "fp8.safetensors")
-    save_file({name: tensor.float() for name, tensor in fp8.items()}, tmp_path / "upcast.safetensors")
-    encoder, upcast = (T5Encoder.from_pretrained(tmp_path / f"{name}.safetensors") for name in ("fp8", "upcast"))
-    assert torch.equal(encoder.blocks[1].attention.out.weight, fp8["encoder.block.1.layer.0.SelfAttention.o.weight"].float())
+    float32 = {name: tensor.float() for name, tensor in fp8.items()}
+    save_file(float32, tmp_path / "upcast.safetensors")
+    encoder = T5Encoder.from_pretrained(tmp_path / "fp8.safetensors")
+    upcast = T5Encoder.from_pretrained(tmp_path / "upcast.safetensors")
+    assert torch.equal(encoder.blocks[1].attention.out.weight,
+                       fp8["encoder.block.1.layer.0.SelfAttention.o.weight"].float())
     assert torch.equal(encoder(inputs["ids"]), upcast(inputs["ids"]))
 
 
@@ -190,8 +228,9 @@ def test_own_layout(tmp_path):
 def test_bfloat16_stays_near_the_reference(tmp_path):
     folder(tmp_path)
     _, inputs, outputs, _ = golden("t5_encoder")
-    found = T5Encoder.from_pretrained(tmp_path, dtype=torch.bfloat16)(inputs["ids"])
-    assert found.dtype == torch.bfloat16 and 0 < (found - outputs["embeddings"]).abs().mean() < 0.02
+    embeddings = T5Encoder.from_pretrained(tmp_path, dtype=torch.bfloat16)(inputs["ids"])
+    assert embeddings.dtype == torch.bfloat16
+    assert 0 < (embeddings - outputs["embeddings"]).abs().mean() < 0.02
 
 
 # ---------------------------------------------------------------- full size, no weights
@@ -201,8 +240,9 @@ def test_full_size_manifest(tmp_path, layout):
     released = manifest("t5_v1_1_xxl_encoder")
     shapes, path = released["tensors"], tmp_path / "x.safetensors"
     if layout == "shards":
-        write_shards(tmp_path / "text_encoder_3", shapes, write_sparse)
-        (tmp_path / "text_encoder_3" / "config.json").write_text(json.dumps(released["config"]))
+        below = tmp_path / "text_encoder_3"
+        write_shards(below, shapes, write_sparse)
+        (below / "config.json").write_text(json.dumps(released["config"]))
         path = tmp_path
     elif layout == "stand-alone":
         write_sparse(path, shapes | {"encoder.embed_tokens.weight": shapes["shared.weight"]})
@@ -210,7 +250,8 @@ def test_full_size_manifest(tmp_path, layout):
         foreign = manifest("sd3_medium_single_file")["tensors"]
         write_sparse(path, {PREFIX + name: shape for name, shape in shapes.items()} | foreign)
     encoder = T5Encoder.from_pretrained(path, device="meta", dtype=torch.bfloat16)
-    assert parameter_count(encoder) == released["parameters"] and encoder.config == T5Config()
+    assert parameter_count(encoder) == released["parameters"]
+    assert encoder.config == T5Config()
 
 
 # ---------------------------------------------------------------- mask token
@@ -221,7 +262,8 @@ def test_mask_token_replaces_one_row(tmp_path, wrap):
     vector = torch.randn(24, dtype=torch.bfloat16)
     torch.save(wrap(vector), tmp_path / "mask.pth")
     plain = T5Encoder.from_pretrained(tmp_path)
-    masked = T5Encoder.from_pretrained(tmp_path, mask_token=tmp_path / "mask.pth", mask_id=299)
+    masked = T5Encoder.from_pretrained(
+        tmp_path, mask_token=tmp_path / "mask.pth", mask_id=299)
     assert torch.equal(masked.embedding.weight[299], vector.float())
     assert torch.equal(masked.embedding.weight[:299], plain.embedding.weight[:299])
 
@@ -229,7 +271,8 @@ def test_mask_token_replaces_one_row(tmp_path, wrap):
 def test_mask_token_at_full_size(tmp_path):
     write_sparse(tmp_path / "x.safetensors", manifest("t5_v1_1_xxl_encoder")["tensors"])
     torch.save(torch.zeros(4096, dtype=torch.bfloat16), tmp_path / "mask.pth")
-    encoder = T5Encoder.from_pretrained(tmp_path / "x.safetensors", mask_token=tmp_path / "mask.pth", device="meta")
+    encoder = T5Encoder.from_pretrained(
+        tmp_path / "x.safetensors", mask_token=tmp_path / "mask.pth", device="meta")
     assert encoder.config.mask_id == 32099
 
 
@@ -254,7 +297,9 @@ class Malicious:
 
 def test_mask_token_that_cannot_be_read(tmp_path, capsys):
     folder(tmp_path)
-    for write in (lambda path: None, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"garbage"),
+    for write in (lambda path: None,
+                  lambda path: path.write_bytes(b""),
+                  lambda path: path.write_bytes(b"garbage"),
                   lambda path: torch.save(Malicious(), path)):
         write(tmp_path / "mask.pth")
         with pytest.raises(ValueError, match="mask.pth: cannot read"):
@@ -273,12 +318,14 @@ def test_mask_row_outside_the_vocabulary(tmp_path):
 
 def test_relative_buckets():
     buckets = relative_buckets(400, 32, 128, "cpu")
-    assert buckets.diagonal().eq(0).all() and buckets[8, 0] == 8 and buckets[7, 0] == 7 and buckets[0, 7] == 16 + 7
-    assert buckets[399, 0] == buckets[399, 271] == 15 and buckets[0, 399] == 31 and buckets[399, 399 - 64] == 14
+    assert buckets.diagonal().eq(0).all()
+    assert buckets[8, 0] == 8 and buckets[7, 0] == 7 and buckets[0, 7] == 16 + 7
+    assert buckets[399, 0] == buckets[399, 271] == 15 and buckets[0, 399] == 31
+    assert buckets[399, 399 - 64] == 14
     assert set(buckets.flatten().tolist()) == set(range(32)) - {16}
 
 
-def test_a_fresh_encoder_has_unit_outputs_that_tell_tokens_apart():
+def test_a_fresh_encoder_has_unit_outputs_that_distinguish_tokens():
     torch.manual_seed(0)
     encoder = T5Encoder(TINY)
     with torch.no_grad():
@@ -286,7 +333,7 @@ def test_a_fresh_encoder_has_unit_outputs_that_tell_tokens_apart():
     assert out.shape == (2, 50, 128) and 0.9 < out.std() < 1.1
     similarity = torch.corrcoef(out.flatten(0, 1)).fill_diagonal_(0)
     assert similarity.abs().max() < 0.6
-    # Context matters, and so does order: the same token in another place or beside another word comes out differently.
+    # Context and order matter: a token in another place or beside another word gets another output.
     a, b = encoder(torch.tensor([[5, 6, 7, 8], [5, 7, 6, 8]]))
     assert (a[0] - b[0]).abs().max() > 0.01 and (a[1] - b[2]).abs().max() > 0.01
 
@@ -312,7 +359,9 @@ def test_bad_ids(ids, words):
         T5Encoder(TINY)(ids)
 
 
-@pytest.mark.parametrize("fields", [{"depth": 0}, {"buckets": 30}, {"buckets": 0}, {"max_distance": 8}])
+@pytest.mark.parametrize("fields", [
+    {"depth": 0}, {"buckets": 30}, {"buckets": 0}, {"max_distance": 8},
+])
 def test_impossible_configurations(fields):
     with pytest.raises(ValueError, match="must be"):
         T5Config(**fields)
@@ -322,16 +371,20 @@ def test_impossible_configurations(fields):
 
 def test_missing_superfluous_and_misshapen_tensors(tmp_path):
     weights, file = golden("t5_encoder")[0], tmp_path / "x.safetensors"
-    del weights["encoder.block.1.layer.0.SelfAttention.k.weight"], weights["encoder.final_layer_norm.weight"]
+    del weights["encoder.block.1.layer.0.SelfAttention.k.weight"]
+    del weights["encoder.final_layer_norm.weight"]
     weights["decoder.block.0.layer.0.SelfAttention.q.weight"] = torch.zeros(2, 2)
     weights["encoder.block.2.layer.1.DenseReluDense.wi_1.weight"] = torch.zeros(55, 24)
     save_file(weights, file)
     with pytest.raises(ValueError) as error:
         T5Encoder.from_pretrained(file)
-    for words in (str(file), "missing: encoder.block.1.layer.0.SelfAttention.k.weight (needed for blocks.1.attention.qkv.weight)",
+    for words in (str(file),
+                  "missing: encoder.block.1.layer.0.SelfAttention.k.weight "
+                  "(needed for blocks.1.attention.qkv.weight)",
                   "missing: encoder.final_layer_norm.weight (needed for norm_out.weight)",
                   "superfluous: decoder.block.0.layer.0.SelfAttention.q.weight (2, 2)",
-                  "encoder.block.2.layer.1.DenseReluDense.wi_1.weight (55, 24), expected (112, 24)"):
+                  "encoder.block.2.layer.1.DenseReluDense.wi_1.weight (55, 24), "
+                  "expected (112, 24)"):
         assert words in str(error.value)
 
 
@@ -339,7 +392,8 @@ def test_missing_relative_bias(tmp_path):
     weights = golden("t5_encoder")[0]
     del weights["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
     save_file(weights, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="x.safetensors: no tensor 'encoder.block.0.layer.0.SelfAttention.relative_attention"):
+    words = "x.safetensors: no tensor 'encoder.block.0.layer.0.SelfAttention.relative_attention"
+    with pytest.raises(ValueError, match=words):
         T5Encoder.from_pretrained(tmp_path / "x.safetensors")
 
 
@@ -366,5 +420,6 @@ def test_config_json_that_does_not_fit(tmp_path, changes, words):
 
 def test_a_file_of_something_else(tmp_path):
     save_file({"encoder.conv_in.weight": torch.zeros(2, 2)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="x.safetensors: no T5 encoder in it.*found encoder.conv_in.weight"):
+    words = "x.safetensors: no T5 encoder in it.*found encoder.conv_in.weight"
+    with pytest.raises(ValueError, match=words):
         T5Encoder.from_pretrained(tmp_path / "x.safetensors")

@@ -1,4 +1,7 @@
-"""vae.py against the public reference implementation, in every layout, at full size without weights, and on bad input."""
+"""vae.py against the public reference implementation.
+
+In every layout, at full size without weights, and on bad input.
+"""
 import json
 import re
 
@@ -12,11 +15,12 @@ from safetensors.torch import save_file
 from checkpoint import save
 from vae import VAE, ResBlock, VAEConfig, reconstruct
 
-TINY = VAEConfig(block_channels=(16, 16), layers_per_block=1, norm_groups=8, stem=4, mid_attention=False)
+TINY = VAEConfig(
+    block_channels=(16, 16), layers_per_block=1, norm_groups=8, stem=4, mid_attention=False)
 
 
 def diffusers_folder(path, **changes):
-    """A released-style repository with the reference weights below vae/; `changes` go into its config.json."""
+    """A repository like the release: reference weights below vae/, `changes` in config.json."""
     weights, _, _, config = golden("vae_diffusers")
     (path / "vae").mkdir()
     save_file(weights, path / "vae" / "diffusion_pytorch_model.safetensors")
@@ -24,8 +28,8 @@ def diffusers_folder(path, **changes):
     return path
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
 
 
 @torch.no_grad()
@@ -45,7 +49,8 @@ def test_diffusers_repository_and_folder(tmp_path):
     for path in (root, root / "vae"):
         vae = VAE.from_pretrained(path)
         agrees(vae, "vae_diffusers")
-        assert vae.config == VAEConfig(block_channels=(8, 16, 16, 16), norm_groups=4) and vae.downscale == 8
+        assert vae.config == VAEConfig(block_channels=(8, 16, 16, 16), norm_groups=4)
+        assert vae.downscale == 8
 
 
 def test_diffusers_file_without_configuration(tmp_path):
@@ -53,7 +58,10 @@ def test_diffusers_file_without_configuration(tmp_path):
     agrees(VAE.from_pretrained(file, norm_groups=4), "vae_diffusers")
 
 
-@pytest.mark.parametrize("foreign", [{}, {"model.diffusion_model.x": torch.zeros(2), "text_encoders.clip_l.y": torch.zeros(3)}])
+@pytest.mark.parametrize("foreign", [
+    {},
+    {"model.diffusion_model.x": torch.zeros(2), "text_encoders.clip_l.y": torch.zeros(3)},
+])
 def test_single_file(tmp_path, foreign):
     save_file(golden("vae_single_file")[0] | foreign, tmp_path / "sd3.safetensors")
     agrees(VAE.from_pretrained(tmp_path / "sd3.safetensors", norm_groups=4), "vae_single_file")
@@ -95,7 +103,8 @@ def test_full_size_diffusers_manifest(tmp_path):
 def test_full_size_single_file_manifest(tmp_path):
     write_sparse(tmp_path / "sd3_medium.safetensors", manifest("sd3_medium_single_file")["tensors"])
     vae = VAE.from_pretrained(tmp_path / "sd3_medium.safetensors", device="meta")
-    assert parameter_count(vae) == manifest("sd3_medium_vae_diffusers")["parameters"] and vae.config == VAEConfig()
+    assert parameter_count(vae) == manifest("sd3_medium_vae_diffusers")["parameters"]
+    assert vae.config == VAEConfig()
 
 
 # ---------------------------------------------------------------- behaviour
@@ -104,7 +113,8 @@ def test_stem_folds_pixels_into_channels_and_back():
     vae = VAE(TINY)
     images = torch.rand(2, 3, 32, 48) * 2 - 1
     latents = vae.encode(images)
-    assert vae.downscale == 8 and latents.shape == (2, 16, 4, 6) and vae.decode(latents).shape == images.shape
+    assert vae.downscale == 8 and latents.shape == (2, 16, 4, 6)
+    assert vae.decode(latents).shape == images.shape
     folded = vae.encoder.stem(images)
     assert folded.shape == (2, 48, 8, 12) and torch.equal(vae.decoder.unstem(folded), images)
 
@@ -112,11 +122,13 @@ def test_stem_folds_pixels_into_channels_and_back():
 def test_sampling_follows_the_posterior():
     vae = VAE(TINY)
     image = torch.rand(1, 3, 32, 32) * 2 - 1
+    images = image.expand(400, -1, -1, -1)
     with torch.no_grad():
-        vae.encoder.conv_out.bias[16:] += 2                      # else log variances are near 0, where any factor on them fits
+        # Log variances near 0 would pass with any factor on them.
+        vae.encoder.conv_out.bias[16:] += 2
         mean, logvar = vae.moments(image)
-        draws = vae.encode(image.expand(400, -1, -1, -1), sample=True, generator=torch.Generator().manual_seed(0))
-        again = vae.encode(image.expand(400, -1, -1, -1), sample=True, generator=torch.Generator().manual_seed(0))
+        draws = vae.encode(images, sample=True, generator=torch.Generator().manual_seed(0))
+        again = vae.encode(images, sample=True, generator=torch.Generator().manual_seed(0))
     assert torch.equal(draws, again)
     z = draws / vae.config.scale + vae.config.shift
     normal = (z - mean) / (0.5 * logvar).exp()
@@ -126,7 +138,8 @@ def test_sampling_follows_the_posterior():
 def test_logvar_is_clamped():
     vae = VAE(TINY)
     with torch.no_grad():
-        vae.encoder.conv_out.bias[16:24], vae.encoder.conv_out.bias[24:] = 1000, -1000
+        vae.encoder.conv_out.bias[16:24] = 1000
+        vae.encoder.conv_out.bias[24:] = -1000
     logvar = vae.moments(torch.zeros(1, 3, 16, 16))[1]
     assert (logvar[:, :8] == 20).all() and (logvar[:, 8:] == -30).all()
 
@@ -134,12 +147,13 @@ def test_logvar_is_clamped():
 def test_gradients_reach_every_parameter_and_bfloat16_runs():
     vae = VAE(VAEConfig(block_channels=(8, 16), layers_per_block=1, norm_groups=4))
     for block in vae.modules():
-        if isinstance(block, ResBlock):                          # fresh blocks are the identity: nothing flows through their first half
+        # A fresh block is its shortcut alone: its first half gets no gradient.
+        if isinstance(block, ResBlock):
             torch.nn.init.normal_(block.conv2.weight, std=0.1)
     images = torch.rand(1, 3, 16, 16) * 2 - 1
     vae.decode(vae.encode(images, sample=True)).square().mean().backward()
-    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in vae.decoder.parameters())
-    assert all(parameter.grad is not None for parameter in vae.encoder.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vae.decoder.parameters())
+    assert all(p.grad is not None for p in vae.encoder.parameters())
     assert vae.bfloat16().decode(vae.encode(images)).dtype == torch.bfloat16
 
 
@@ -148,15 +162,20 @@ def test_gradients_reach_every_parameter_and_bfloat16_runs():
     (torch.zeros(1, 3, 0, 32), "multiples of 8, got (0, 32)"),
     (torch.zeros(1, 4, 32, 32), "(B, 3, H, W), got torch.float32 (1, 4, 32, 32)"),
     (torch.zeros(3, 32, 32), "(B, 3, H, W), got torch.float32 (3, 32, 32)"),
-    (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "floating-point tensor (B, 3, H, W), got torch.uint8"),
+    (torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
+     "floating-point tensor (B, 3, H, W), got torch.uint8"),
 ])
 def test_bad_images(images, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         VAE(TINY).moments(images)
 
 
-@pytest.mark.parametrize("latents", [torch.zeros(1, 4, 2, 2), torch.zeros(16, 2, 2), torch.zeros(1, 16, 2, 2, dtype=torch.int64),
-                                     torch.zeros(1, 16, 0, 2)])
+@pytest.mark.parametrize("latents", [
+    torch.zeros(1, 4, 2, 2),
+    torch.zeros(16, 2, 2),
+    torch.zeros(1, 16, 2, 2, dtype=torch.int64),
+    torch.zeros(1, 16, 0, 2),
+])
 def test_bad_latents(latents):
     with pytest.raises(ValueError, match="latents"):
         VAE(TINY).decode(latents)
@@ -165,11 +184,14 @@ def test_bad_latents(latents):
 def test_reconstruct_prints_the_psnr(tmp_path, capsys):
     vae = VAE(TINY)
     with torch.no_grad():
-        vae.decoder.conv_out.weight.zero_(), vae.decoder.conv_out.bias.fill_(1)
+        vae.decoder.conv_out.weight.zero_()
+        vae.decoder.conv_out.bias.fill_(1)                       # every result is white
     save(tmp_path / "vae.safetensors", vae.state_dict(), vae.config)
-    Image.fromarray(np.full((19, 33, 3), 204, np.uint8)).save(tmp_path / "grey.png")         # 204 is 0.6, white is 1
+    grey = np.full((19, 33, 3), 204, np.uint8)                   # 0.6 in [-1, 1]; white is 1
+    Image.fromarray(grey).save(tmp_path / "grey.png")
     reconstruct(tmp_path / "vae.safetensors", tmp_path / "grey.png", tmp_path / "out.png")
-    assert capsys.readouterr().out == "32 x 16 pixels, PSNR 13.98 dB\n"                      # 10 log10(2^2 / 0.4^2)
+    # 10 log10(2^2 / 0.4^2) dB
+    assert capsys.readouterr().out == "32 x 16 pixels, PSNR 13.98 dB\n"
     assert np.array_equal(np.array(Image.open(tmp_path / "out.png")), np.full((16, 32, 3), 255))
 
 
@@ -178,13 +200,16 @@ def test_reconstruct_prints_the_psnr(tmp_path, capsys):
 def test_missing_superfluous_and_misshapen_tensors(tmp_path):
     weights, file = golden("vae_single_file")[0], tmp_path / "x.safetensors"
     prefix = "first_stage_model."
-    del weights[prefix + "decoder.up.3.block.2.conv1.weight"], weights[prefix + "encoder.mid.attn_1.k.bias"]
+    del weights[prefix + "decoder.up.3.block.2.conv1.weight"]
+    del weights[prefix + "encoder.mid.attn_1.k.bias"]
     weights[prefix + "quant_conv.weight"] = torch.zeros(32, 32, 1, 1)
     weights[prefix + "decoder.conv_out.bias"] = torch.zeros(4)
     save_file(weights, file)
     with pytest.raises(ValueError) as error:
         VAE.from_pretrained(file, norm_groups=4)
-    for words in (str(file), "missing: decoder.up.3.block.2.conv1.weight (needed for decoder.levels.0.blocks.2.conv1.weight)",
+    for words in (str(file),
+                  "missing: decoder.up.3.block.2.conv1.weight "
+                  "(needed for decoder.levels.0.blocks.2.conv1.weight)",
                   "missing: encoder.mid.attn_1.k.bias (needed for encoder.mid.attention.qkv.bias)",
                   "superfluous: quant_conv.weight (32, 32, 1, 1)",
                   "wrong shape: decoder.conv_out.bias (4,), expected (3,)"):
@@ -204,7 +229,7 @@ def test_config_json_that_does_not_fit(tmp_path, changes, words):
     assert str(tmp_path) in str(error.value)
 
 
-def test_groups_that_nothing_tells(tmp_path):
+def test_groups_that_the_shapes_do_not_show(tmp_path):
     save_file(golden("vae_single_file")[0], tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="x.safetensors.*norm_groups = 32 does not divide"):
         VAE.from_pretrained(tmp_path / "x.safetensors")
@@ -212,7 +237,8 @@ def test_groups_that_nothing_tells(tmp_path):
 
 def test_a_file_of_something_else(tmp_path):
     save_file({"shared.weight": torch.zeros(2, 2)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="x.safetensors: not an SD3 autoencoder.*found shared.weight"):
+    words = "x.safetensors: not an SD3 autoencoder.*found shared.weight"
+    with pytest.raises(ValueError, match=words):
         VAE.from_pretrained(tmp_path / "x.safetensors")
 
 

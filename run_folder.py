@@ -1,0 +1,313 @@
+"""What lies on disk for a run: frozen parts, data, cached features, checkpoints, metrics, timings.
+
+Everything is written under a temporary name first, so that a kill at any moment leaves whole files.
+"""
+import contextlib
+import copy
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import Checkpoint, save, write_atomically
+from config import Parts, RunFiles, TrainConfig, parts_of
+from data import Example, Tasks, load_image, read_jsonl, to_pictures
+from model import MMDiT
+from teacher import load_teacher
+from text_encoder import T5Encoder, T5Tokenizer
+from vae import VAE
+
+
+# ---------------------------------------------------------------- timings
+
+def read_seconds(run: Path) -> dict[str, float]:
+    """Read how long each phase of a run took; empty as long as no phase has ended."""
+    file = RunFiles(run).seconds
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+@contextlib.contextmanager
+def timed(run: Path, phase: str) -> Iterator[None]:
+    """Add the seconds of a phase to the run's seconds.json."""
+    start = time.time()
+    yield
+    seconds = read_seconds(run)
+    seconds[phase] = round(seconds.get(phase, 0.0) + time.time() - start, 1)
+    write_atomically(RunFiles(run).seconds, lambda file: file.write_text(json.dumps(seconds)))
+
+
+# ---------------------------------------------------------------- metrics
+
+class Metrics:
+    """metrics.jsonl: one line every `log_every` steps, means over micro batches and ranks.
+
+    path: the file, None on a rank that does not write. mean: averages a tensor over the ranks, and
+    is called by all of them. step: drop lines newer than the checkpoint that the run resumes from.
+    """
+
+    def __init__(self, path: Path | None, step: int, mean: Callable[[Tensor], Tensor]):
+        self.path, self.mean = path, mean
+        self.sums: dict[str, Tensor] = {}                       # name -> (2,) sum and count
+        if path and path.exists():
+            lines = path.read_text().splitlines()
+            whole = [line for line in lines if line.endswith("}")]      # a kill may cut one off
+            kept = [line + "\n" for line in whole if json.loads(line)["step"] <= step]
+            write_atomically(path, lambda file: file.write_text("".join(kept)))
+
+    def add(self, task: str, losses: dict[str, Tensor]) -> None:
+        """Count every loss twice: over all tasks, and for this task, which all ranks share."""
+        for name, value in losses.items():
+            entry = torch.stack([value.detach().float(), value.new_ones((), dtype=torch.float32)])
+            for key in [name] if name == "loss" else [name, f"{task}.{name}"]:
+                self.sums[key] = self.sums[key] + entry if key in self.sums else entry      # (2,)
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums of an unfinished line, for a checkpoint. Every rank must call it."""
+        return {name: self.mean(entry.clone()) for name, entry in self.sums.items()}
+
+    def load_state(self, state: dict[str, Tensor], device: torch.device) -> None:
+        self.sums = {name: entry.to(device) for name, entry in state.items()}
+
+    def write(self, step: int, **extra: float) -> dict[str, float]:
+        """Write the line of a step and start the next one. Every rank must call it."""
+        sums = self.mean(torch.stack(list(self.sums.values())))                     # (names, 2)
+        means = (sums[:, 0] / sums[:, 1]).tolist()
+        losses = {name: round(mean, 6) for name, mean in zip(self.sums, means)}
+        line = {"step": step} | losses | extra
+        self.sums = {}
+        if self.path:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        return line
+
+
+# ---------------------------------------------------------------- frozen parts and models
+
+def missing_parts(config: TrainConfig, run: Path) -> list[str]:
+    """Name the parts that neither the configuration nor the run's folder has."""
+    parts = parts_of(config, run)
+    needs_teacher = config.intrinsic_weight and not config.teacher_path
+    missing = {
+        "world": not config.data and not parts.test.exists(),
+        "tokenizer": not config.tokenizer_path and not parts.tokenizer.exists(),
+        "text encoder": not config.t5_path and not parts.text_encoder.exists(),
+        "vae": not config.vae_path and not parts.vae.exists(),
+        "teacher": needs_teacher and not (parts.teacher / "model.safetensors").exists()}
+    return [name for name, is_missing in missing.items() if is_missing]
+
+
+class Frozen(NamedTuple):
+    """The models that a training uses and does not change."""
+    tokenizer: T5Tokenizer
+    text_encoder: T5Encoder
+    vae: VAE
+
+
+def load_frozen(config: TrainConfig, parts: Parts, device: torch.device) -> Frozen:
+    """Load the frozen tokenizer, T5 and VAE. On a GPU T5 stays in bfloat16, to save memory."""
+    half = device.type == "cuda" and config.autocast
+    tokenizer = T5Tokenizer(parts.tokenizer, padding_id=config.sampling.padding_id)
+    text_encoder = T5Encoder.from_pretrained(
+        parts.text_encoder, mask_token=config.mask_token or None,
+        dtype=torch.bfloat16 if half else torch.float32, device=device)
+    vae = VAE.from_pretrained(parts.vae, device=device)
+    return Frozen(tokenizer, text_encoder.eval().requires_grad_(False),
+                  vae.eval().requires_grad_(False))
+
+
+def load_models(config: TrainConfig, vocab_size: int, resumed: Path | None,
+                device: torch.device) -> tuple[MMDiT, MMDiT]:
+    """Load the model and its average: from the run's checkpoint, from --init, or fresh."""
+    torch.manual_seed(config.seed)          # an SD3 checkpoint, too, leaves tensors to initialize
+    if resumed:
+        model = MMDiT.from_pretrained(resumed / "model.safetensors")
+        average = MMDiT.from_pretrained(resumed / "ema.safetensors")
+    elif config.init:
+        path = RunFiles(config.init).averaged_weights() or config.init
+        has_heads = MMDiT.from_pretrained(path, device="meta").config.align_dims
+        fresh_heads = {}
+        if config.intrinsic_weight and not has_heads:           # as in SD3
+            fresh_heads = {"align_dims": config.model.align_dims,
+                           "align_silu": config.model.align_silu}
+        model = MMDiT.from_pretrained(path, **fresh_heads)
+        average = copy.deepcopy(model)
+    else:
+        model = MMDiT(replace(config.model, vocab_size=vocab_size))
+        average = copy.deepcopy(model)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    return model.to(device), average.to(device).requires_grad_(False)
+
+
+def check_parts(config: TrainConfig, model: MMDiT, frozen: Frozen) -> None:
+    """Raise ValueError before the long work if the parts do not fit together."""
+    c, size, length = model.config, config.sampling.image_size, config.sampling.text_length
+    unit = frozen.vae.downscale * c.patch_size                  # pixels per patch
+    if size % unit:
+        raise ValueError(f"--sampling.image_size {size}: expected a multiple of {unit} "
+                         "(autoencoder and patches)")
+    if size // unit > c.position_table:
+        raise ValueError(f"--sampling.image_size {size}: the model has positions up to "
+                         f"{unit * c.position_table}")
+    if c.text_positions and length > c.text_positions:
+        raise ValueError(f"--sampling.text_length {length}: the model has positions for "
+                         f"{c.text_positions} tokens")
+    pairs = {
+        "text_dim": (c.text_dim, frozen.text_encoder.config.dim),
+        "vocab_size": (c.vocab_size, frozen.tokenizer.vocab_size),
+        "latent_channels": (c.latent_channels, frozen.vae.config.latent_channels)}
+    for name, (expected, actual) in pairs.items():
+        if expected != actual:
+            raise ValueError(f"the parts do not fit together: {name} is {expected} in the model "
+                             f"and {actual} in the frozen part beside it")
+    has_block = c.align_dims and 1 <= config.align_depth <= c.depth
+    if config.intrinsic_weight and not has_block:
+        raise ValueError(f"--align_depth {config.align_depth}, --model.align_dims {c.align_dims}: "
+                         "the intrinsic alignment needs two widths of its heads, and one of the "
+                         f"model's blocks 1 to {c.depth}; or --intrinsic_weight 0")
+
+
+# ---------------------------------------------------------------- data, computed once
+
+def load_tasks(config: TrainConfig, parts: Parts, tokenizer: T5Tokenizer) -> Tasks:
+    """Load the records of all JSONL files as one dataset."""
+    examples = [example for path in parts.data for example in read_jsonl(path)]
+    settings = config.sampling
+    return Tasks(examples, tokenizer, settings.image_size, settings.text_length, config.weights,
+                 config.captioned, settings.prompt_multiple)
+
+
+def describe_tasks(dataset: Tasks) -> str:
+    """One line with the share of each task in the batches."""
+    shares: dict[str, float] = {}
+    for group in dataset.groups:
+        shares[group.task] = shares.get(group.task, 0) + group.weight
+    total = sum(shares.values())
+    line = "tasks: " + ", ".join(f"{task} {share / total:.0%}" for task, share in shares.items())
+    return line + (f"; not trained: {', '.join(dataset.left_out)}" if dataset.left_out else "")
+
+
+@torch.no_grad()
+def encode_all(dataset: Tasks, vae: VAE, device: torch.device, autocast: bool) -> Tensor:
+    """Encode every picture of a dataset to its mean latents, (n, C, h, w) float32 on the CPU."""
+    latents = []
+    starts = range(0, len(dataset.paths), 64)
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        for start in tqdm(starts, desc="encoding pictures", unit="batch", leave=False):
+            paths = dataset.paths[start:start + 64]
+            images = torch.stack([load_image(path, dataset.image_size) for path in paths])
+            latents.append(vae.encode(images.to(device)).float().cpu())             # (b, C, h, w)
+    return torch.cat(latents)
+
+
+def _cache_name(examples: list[Example], teacher_path: Path, image_size: int) -> str:
+    """A file name that changes with the teacher's files, the pictures, their size, the captions."""
+    files = [*teacher_path.glob("*"), *(e.image for e in examples)]
+    states = [(file.name, file.stat()) for file in files]
+    versions = [f"{name} {state.st_size} {state.st_mtime_ns}" for name, state in states]
+    captions = [e.caption for e in examples]
+    digest = zlib.crc32(repr((image_size, versions + captions)).encode())
+    return f"teacher-{digest:08x}.safetensors"
+
+
+def teacher_features(examples: list[Example], teacher_path: Path, folder: Path, image_size: int,
+                     width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Teacher features of the examples' pictures and captions, (n, width) float16 each.
+
+    They are computed once and cached in `folder`. Raises ValueError for a teacher of another width.
+    """
+    def check(teacher_width: int, path: Path) -> None:
+        if teacher_width != width:
+            raise ValueError(f"{path}: features of width {teacher_width}, the model's alignment "
+                             f"heads have {width}; change --model.align_dims, or "
+                             "--intrinsic_weight 0")
+
+    cache = folder / _cache_name(examples, teacher_path, image_size)
+    if cache.exists():
+        file = Checkpoint(cache)
+        check(file.shape("image")[1], cache)
+        return file.read("image", torch.float16), file.read("text", torch.float16)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    teacher = load_teacher(teacher_path, dtype, device)
+    check(teacher.out_dim, teacher_path)
+    image_features, text_features = [], []
+    for start in tqdm(range(0, len(examples), 64), desc="teacher", unit="batch", leave=False):
+        chunk = examples[start:start + 64]
+        images = torch.stack([load_image(e.image, image_size) for e in chunk])      # (b, 3, H, W)
+        pictures = to_pictures(images)                                              # (b, H, W, 3)
+        image_features.append(teacher.image_features(list(pictures)).half().cpu())  # (b, d)
+        text_features.append(teacher.text_features([e.caption for e in chunk]).half().cpu())
+    features = {"image": torch.cat(image_features), "text": torch.cat(text_features)}   # (n, d)
+    save(cache, features)
+    return features["image"], features["text"]
+
+
+def features_folder(config: TrainConfig, parts: Parts) -> Path:
+    """Where teacher features are cached: beside the JSONL, or in the run if that is read-only."""
+    beside = parts.data[0].parent
+    return beside if os.access(beside, os.W_OK) else Path(config.out)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def save_checkpoint(run: Path, step: int, seconds: float, model: MMDiT, average: MMDiT,
+                    optimizers: list, metrics: dict[str, Tensor], world: int) -> None:
+    """Write checkpoint-<step> under a temporary name, rename it, then remove the one before.
+
+    So a kill at any moment leaves one whole checkpoint. world: number of ranks.
+    """
+    files = RunFiles(run)
+    target, temporary = files.checkpoint(step), run / ".checkpoint.tmp"
+    if target.exists():
+        return
+    shutil.rmtree(temporary, ignore_errors=True)
+    save(temporary / "model.safetensors", model.state_dict(), model.config)
+    save(temporary / "ema.safetensors", average.state_dict(), model.config)
+    state = {f"metrics.{name}": value for name, value in metrics.items()}
+    for k, optimizer in enumerate(optimizers):
+        for i, entry in optimizer.state_dict()["state"].items():
+            state |= {f"{k}.{i}.{name}": value for name, value in entry.items()}
+    save(temporary / "optimizer.safetensors", state,
+         step=str(step), seconds=str(seconds), world=str(world))
+    os.rename(temporary, target)
+    for old in files.checkpoints():
+        if old != target:
+            shutil.rmtree(old)
+
+
+class Progress(NamedTuple):
+    """Where a run is."""
+    step: int = 0
+    seconds: float = 0.0                    # of training so far
+    metrics: dict[str, Tensor] = {}         # sums of an unfinished line of metrics.jsonl
+
+
+def load_optimizers(optimizers: list, folder: Path, world: int) -> Progress:
+    """Restore the optimizers from a checkpoint and return where it was.
+
+    Raises ValueError for another number of ranks, since their batches would differ.
+    """
+    file = Checkpoint(folder / "optimizer.safetensors")
+    if file.metadata["world"] != str(world):
+        raise ValueError(f"{folder}: was written by {file.metadata['world']} ranks, resumed by "
+                         f"{world}; start as many as before")
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    metrics = {}
+    for name in file.names():
+        if name.startswith("metrics."):
+            metrics[name.removeprefix("metrics.")] = file.read(name)
+        else:
+            k, i, key = name.split(".")
+            states[int(k)].setdefault(int(i), {})[key] = file.read(name)
+    for optimizer, state in zip(optimizers, states):
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return Progress(int(file.metadata["step"]), float(file.metadata["seconds"]), metrics)

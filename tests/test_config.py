@@ -1,0 +1,187 @@
+"""config.py: options and their help, presets, stages, run.json, and the files of a run's folder."""
+import dataclasses
+import re
+import typing
+from pathlib import Path
+
+import pytest
+from conftest import QUICK
+
+from config import (PRESETS, Parts, RunFiles, SampleSettings, TrainConfig, parse_arguments,
+                    parts_of, read_config, stage, write_config)
+from experiments import world
+
+
+# ---------------------------------------------------------------- presets and stages
+
+def test_the_tiny_preset_has_the_size_of_the_shapes_world():
+    assert PRESETS["tiny"].sampling.image_size == world.SIZE
+    assert PRESETS["mini"].sampling.image_size == world.SIZE
+
+
+def test_stages_of_the_paper():
+    sd3 = PRESETS["sd3"]
+    assert stage(sd3, 3).steps == 30_000 and stage(sd3, 2).weights == "*=1,questions=0"
+    stages = [stage(sd3, number) for number in (1, 2, 3)]
+    assert [s.out for s in stages] == [f"runs/sd3-stage{number}" for number in (1, 2, 3)]
+    assert [s.init for s in stages] == ["", "runs/sd3-stage1", "runs/sd3-stage2"]
+    assert stages[0].weights == "text_to_image=1" and stages[2].weights == sd3.weights
+
+
+def test_a_stage_without_the_one_before(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        parse_arguments(["--stage", "2"])
+    assert "runs/tiny-stage1" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the folder of a run
+
+def test_names_of_the_files_of_a_run(tmp_path):
+    files = RunFiles(str(tmp_path))
+    assert files.folder == tmp_path
+    names = {"config": "run.json", "metrics": "metrics.jsonl", "seconds": "seconds.json",
+             "scores": "scores.json", "report": "report.html", "world": "data",
+             "tokenizer": "tokenizer.model", "text_encoder": "text_encoder.safetensors",
+             "vae": "vae.safetensors", "teacher": "teacher"}
+    assert vars(files) == {"folder": tmp_path} | {key: tmp_path / n for key, n in names.items()}
+    assert files.checkpoint(35_000) == tmp_path / "checkpoint-00035000"
+    assert files.kept(7) == tmp_path / "kept-00000007.safetensors"
+    assert files.samples() == tmp_path / "samples.png"
+    assert files.samples("edits") == tmp_path / "samples_edits.png"
+
+
+def test_checkpoints_and_samples_of_a_run(tmp_path):
+    """Checkpoints and samples are sorted; averaged weights are those of the newest checkpoint."""
+    files = RunFiles(tmp_path)
+    assert files.newest_checkpoint() is files.averaged_weights() is None
+    assert files.checkpoints() == files.all_samples() == []
+    for step in (1000, 20, 3):
+        files.checkpoint(step).mkdir()
+        (files.checkpoint(step) / "ema.safetensors").touch()
+    (tmp_path / ".checkpoint.tmp").mkdir()                      # not complete
+    for name in ("pose", "", "edits"):
+        files.samples(name).touch()
+    assert files.checkpoints() == [files.checkpoint(step) for step in (3, 20, 1000)]
+    assert files.newest_checkpoint() == files.checkpoint(1000)
+    assert files.averaged_weights() == files.checkpoint(1000) / "ema.safetensors"
+    assert files.all_samples() == [files.samples(), files.samples("edits"), files.samples("pose")]
+
+
+def test_parts_lie_in_the_run_unless_they_are_named(tmp_path):
+    files = RunFiles(tmp_path)
+    own = parts_of(TrainConfig(), tmp_path)
+    assert own == Parts((files.world / "train.jsonl",), files.world / "test.jsonl",
+                        files.tokenizer, files.vae, files.text_encoder, files.teacher)
+    named = TrainConfig(data="a.jsonl,b.jsonl", vae_path="v", t5_path="t", tokenizer_path="s",
+                        teacher_path="q")
+    assert parts_of(named, tmp_path) == Parts(
+        (Path("a.jsonl"), Path("b.jsonl")), None, Path("s"), Path("v"), Path("t"), Path("q"))
+    other_world = parts_of(TrainConfig(data=str(tmp_path)), tmp_path / "run")
+    assert other_world.data == (tmp_path / "train.jsonl",)
+    assert other_world.test == tmp_path / "test.jsonl"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_run_json_keeps_the_configuration(tmp_path, name):
+    config = dataclasses.replace(PRESETS[name], keep=(1, 20))
+    write_config(config, tmp_path / "run")
+    assert read_config(tmp_path / "run" / "run.json") == config
+
+
+@pytest.mark.parametrize("content, words", [
+    ("{", "run.json"),
+    ("{}", "no 'sampling' in it"),
+    ('{"sampling": {"size": 3}}', "'size'"),
+    ('{"sampling": {}, "stepz": 3}', "'stepz'"),
+    ('{"sampling": {}, "steps": "many"}', "steps = 'many'")])
+def test_damaged_run_json(tmp_path, content, words):
+    file = tmp_path / "run.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        read_config(file)
+    assert str(file) in str(error.value)
+
+
+# ---------------------------------------------------------------- command line
+
+def fields(kind, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Every field of a configuration by its option, with those of its nested configurations."""
+    hints, options = typing.get_type_hints(kind), {}
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            options |= fields(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            options[f"--{prefix}{field.name}"] = field
+    return options
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    options = fields(TrainConfig)
+    names = ("steps", "muon_lr", "model.depth", "vae.stem", "sampling.guidance")
+    assert all(f"--{name}" in options for name in names) and "--resume" in text
+    squeezed = re.sub(r"\s", "", text)                          # argparse breaks lines anywhere
+    for option, field in options.items():
+        explained = re.sub(r"\s", "", field.metadata.get("help", ""))
+        assert explained, f"{option} has no help"
+        pattern = rf"{re.escape(option)}(N|N,N|TEXT|true\|false){re.escape(explained)}\(default:"
+        assert re.search(pattern, squeezed), option
+
+
+def test_options_change_the_preset(tmp_path):
+    mini, out = PRESETS["mini"], str(tmp_path / "new")
+    config = parse_arguments(["--preset", "mini", "--out", out, "--decay", "false",
+                              "--keep", "5,10", "--model.depth", "6", "--sampling.guidance", "3"])
+    assert config == dataclasses.replace(
+        mini, out=out, decay=False, keep=(5, 10),
+        model=dataclasses.replace(mini.model, depth=6),
+        sampling=dataclasses.replace(mini.sampling, guidance=3.0))
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--stepz", "5"], "--stepz"),
+    (["--steps", "many"], "--steps"),
+    (["--model.width", "1.5"], "--model.width"),
+    (["--decay", "perhaps"], "--decay"),
+    (["--steps", "0"], "--steps"),
+    (["--data", "no.jsonl"], "no.jsonl"),
+    (["--preset", "huge"], "huge"),
+    (["--init", __file__, "--model.width", "64"], "--model.width"),
+    (["--preset", "sd3", "--data", __file__], "--vae_path"),
+    (["--preset", "sd3"], "--data"),
+    (["--test_scenes", "0"], "--test_scenes"),
+    (["--sampling.image_size", "128"], "image_size"),
+    (["--lr", "nan"], "--lr"),
+    (["--model.widht", "64"], "--model.widht"),
+    (["--weights", "edits"], "edits"),
+    (["--stage", "4"], "4"),
+    (["--weights", "edits=-1"], "edits=-1"),
+])
+def test_unknown_and_ill_typed_fields(tmp_path, capsys, arguments, words):
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments([*arguments, "--out", str(tmp_path / "new")])
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_run_is_never_overwritten(finished, capsys):
+    before = RunFiles(finished).scores.read_bytes()
+    with pytest.raises(SystemExit):
+        parse_arguments([*QUICK, "--out", str(finished)])
+    assert "--resume" in capsys.readouterr().err
+    assert RunFiles(finished).scores.read_bytes() == before
+    with pytest.raises(SystemExit):
+        parse_arguments(["--resume", "--out", str(finished), "--steps", "9"])
+    assert "--steps" in capsys.readouterr().err
+
+
+def test_resume_without_a_run(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--resume", "--out", str(tmp_path / "nothing")])
+    assert "nothing" in capsys.readouterr().err
+
+
+def test_defaults_are_the_released_models():
+    assert SampleSettings() == SampleSettings(512, 256, 0, 1, 28, 7.0, 1.0, 3.0, 64)
