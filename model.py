@@ -1,9 +1,10 @@
-"""The MM-DiT of UniAlignment (arXiv 2509.23760, section 3; architecture of SD3, arXiv 2403.03206): one transformer, two diffusions.
+"""The MM-DiT of UniAlignment (arXiv 2509.23760, section 3): one transformer, two diffusions.
 
-An image stream (latent patches) and a text stream (T5 embeddings) have their own weights and meet in joint attention.
-The image stream's output is a velocity (flow matching, equation 1), the text stream's output is logits over the vocabulary
-(masked diffusion, equation 2). Source pictures of editing tasks are just more image tokens. Loads SD3 and UniAlignment
-checkpoints; an SD3 checkpoint becomes a dual model whose velocity is exactly SD3's.
+Architecture of SD3 (arXiv 2403.03206). An image stream (latent patches) and a text stream (T5
+embeddings) have their own weights and meet in joint attention. The image stream's output is a
+velocity (flow matching, equation 1), the text stream's output is logits over the vocabulary (masked
+diffusion, equation 2). Source images of editing are further image tokens. Loads SD3 and
+UniAlignment checkpoints; an SD3 checkpoint becomes a dual model whose velocity is exactly SD3's.
 
 Run alone to count parameters and see the shapes:   python model.py [CHECKPOINT]
 """
@@ -58,20 +59,17 @@ class MMDiTConfig:
 
 
 class Output(NamedTuple):
-    """What a forward pass returns; None for what was not asked for or cannot be (an image output of a text-only pass)."""
+    """The result of a forward pass; None for what `want` leaves out or a text-only pass lacks."""
     velocity: Tensor | None         # (B, C, H, W)
     logits: Tensor | None           # (B, L, vocab)
-    image_hidden: Tensor | None     # (B, N, D)  what the image head reads: the noisy picture's tokens after the last norm
-    text_hidden: Tensor | None      # (B, L, D)  what the text head reads
-    image_mid: Tensor | None        # (B, d)     through the alignment head, after block `align_depth`
+    image_hidden: Tensor | None     # (B, N, D)  input of the image head, without source images
+    text_hidden: Tensor | None      # (B, L, D)  input of the text head
+    image_mid: Tensor | None        # (B, d)     of the alignment head, after block `align_depth`
     text_mid: Tensor | None         # (B, d)
 
 
-Part = slice | tuple[slice, slice] | None       # an index of (B, N, D): rows of the batch, perhaps some of their tokens, or nothing
-
-
 class Modulation(NamedTuple):
-    """adaLN-Zero: what the timestep does to one sub-layer, each (B, 1, D)."""
+    """adaLN-Zero: the timestep's effect on one sub-layer, each (B, 1, D)."""
     shift: Tensor
     scale: Tensor
     gate: Tensor
@@ -80,19 +78,28 @@ class Modulation(NamedTuple):
 # ---------------------------------------------------------------- functions
 
 def timestep_embedding(timestep: Tensor, dim: int = 256, max_period: float = 10000.0) -> Tensor:
-    """Cosines, then sines, of the timestep (B,) in [0, 1000] at dim/2 frequencies -> (B, dim) float32."""
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=timestep.device) / (dim // 2))   # (dim/2,)
-    angles = timestep.float()[:, None] * frequencies                                                               # (B, dim/2)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)                                                          # (B, dim)
+    """Cosines, then sines, of the timestep (B,) in [0, 1000] -> (B, dim) float32."""
+    half = dim // 2
+    steps = torch.arange(half, device=timestep.device)                              # (dim / 2,)
+    frequencies = torch.exp(-math.log(max_period) * steps / half)                   # (dim / 2,)
+    angles = timestep.float()[:, None] * frequencies                                # (B, dim / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)                           # (B, dim)
 
 
 def sincos_positions(side: int, dim: int, spacing: float = 1.0) -> Tensor:
-    """The fixed table of 2-D positions, (1, side * side, dim): columns in the first half, rows in the second, sines then cosines."""
-    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))                           # (dim/4,)
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * spacing * frequencies                              # (side, dim/4)
-    one = torch.cat([angles.sin(), angles.cos()], dim=1).float()                                                   # (side, dim/2)
-    grid = torch.cat([one[None].expand(side, -1, -1), one[:, None].expand(-1, side, -1)], dim=2)                   # (side, side, dim)
-    return grid.reshape(1, side * side, dim)
+    """The fixed table of 2-D positions, (1, side * side, dim).
+
+    Columns in the first half of the channels, rows in the second; sines, then cosines.
+    """
+    quarter = dim // 4
+    exponents = torch.arange(quarter, dtype=torch.float64) / quarter                # (dim / 4,)
+    frequencies = 10000.0 ** -exponents                                             # (dim / 4,)
+    places = torch.arange(side, dtype=torch.float64)[:, None] * spacing             # (side, 1)
+    angles = places * frequencies                                                   # (side, dim/4)
+    line = torch.cat([angles.sin(), angles.cos()], dim=1).float()                   # (side, dim/2)
+    columns = line[None].expand(side, -1, -1)                                # (side, side, dim/2)
+    rows = line[:, None].expand(-1, side, -1)                                # (side, side, dim/2)
+    return torch.cat([columns, rows], dim=2).reshape(1, side * side, dim)
 
 
 def patchify(latents: Tensor, p: int) -> Tensor:
@@ -103,28 +110,32 @@ def patchify(latents: Tensor, p: int) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, p: int, h: int, w: int) -> Tensor:
-    """(B, h * w, p * p * C) -> (B, C, h * p, w * p). The head's channels are ordered (row, column, channel), as in SD3."""
+    """(B, h * w, p * p * C) -> (B, C, h * p, w * p).
+
+    The channels of a token are ordered (row, column, channel), as in SD3's head.
+    """
     b, _, pixels = tokens.shape
     x = tokens.reshape(b, h, w, p, p, pixels // (p * p))
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, h * p, w * p)
 
 
-def modulate(x: Tensor, m: Modulation) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Layer norm without weights of its own, then the timestep's scale and shift; (B, N, D)."""
-    return torch.addcmul(m.shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + m.scale)
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention over (B, heads, N, head_dim).
+    """Softmax attention over (B, heads, N, d), d the width of a head.
 
-    Written out for short sequences that need a gradient on CPU: there the backward of bfloat16 `scaled_dot_product_attention`
-    is slower (forward and backward 4.4 times at 48 tokens, 1.9 at 128, even at 256, half the time at 512). Everywhere else
-    the fused kernel wins and needs no (N, N) memory.
+    Trick for speed: written out for short sequences that need a gradient on CPU. There the backward
+    of bfloat16 `scaled_dot_product_attention` is slower (forward and backward take 4.4 times as
+    long at 48 tokens, 1.9 at 128, the same at 256, half at 512). Everywhere else the fused kernel
+    is faster, and it needs no (N, N) memory.
     """
     if q.is_cuda or not torch.is_grad_enabled() or q.shape[2] > 192:
         return F.scaled_dot_product_attention(q, k, v)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                                  # (B, heads, N, N)
-    return scores.softmax(dim=-1).to(v.dtype) @ v                                             # (B, heads, N, head_dim)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                # (B, heads, N, N)
+    return scores.softmax(dim=-1).to(v.dtype) @ v                           # (B, heads, N, d)
 
 
 # ---------------------------------------------------------------- modules
@@ -135,7 +146,8 @@ class Stream(nn.Module):
     def __init__(self, config: MMDiTConfig):
         super().__init__()
         d = config.width
-        self.num_heads, self.approximate = config.num_heads, "none" if config.exact_gelu else "tanh"
+        self.num_heads = config.num_heads
+        self.gelu = nn.GELU("none" if config.exact_gelu else "tanh")
         self.modulation = nn.Linear(d, 6 * d)
         self.qkv = nn.Linear(d, 3 * d)
         self.proj = nn.Linear(d, d)
@@ -143,24 +155,22 @@ class Stream(nn.Module):
         self.fc2 = nn.Linear(4 * d, d)
 
     def modulations(self, condition: Tensor) -> tuple[Modulation, Modulation]:
-        """What the timestep (B, D) does to attention and to the MLP."""
-        parts = self.modulation(condition)[:, None].chunk(6, dim=-1)                          # 6 x (B, 1, D)
+        """Modulate attention and MLP by the timestep's condition (B, D)."""
+        parts = self.modulation(condition)[:, None].chunk(6, dim=-1)        # 6 x (B, 1, D)
         return Modulation(*parts[:3]), Modulation(*parts[3:])
 
     def queries_keys_values(self, x: Tensor, m: Modulation) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = self.qkv(modulate(x, m)).unflatten(-1, (3, self.num_heads, -1))                 # (B, N, 3, heads, head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                                  # 3 x (B, heads, N, head_dim)
+        """Project x (B, N, D) to three tensors (B, heads, N, d)."""
+        qkv = self.qkv(modulate(x, m.shift, m.scale))                       # (B, N, 3 D)
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))                    # (B, N, 3, heads, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, heads, N, d)
         return q, k, v
 
-    def update(self, x: Tensor, attended: Tensor, attention_m: Modulation, mlp_m: Modulation, wanted: Part) -> Tensor | None:
-        """Residual steps of attention and MLP for the wanted part of x and attended (B, N, D)."""
-        if wanted is None:
-            return None
-        x, attended = x[wanted], attended[wanted]                                             # (b, n, D)
-        attention_m, mlp_m = (Modulation(*(part[wanted] for part in m)) for m in (attention_m, mlp_m))    # (b, 1, D)
-        x = torch.addcmul(x, attention_m.gate, self.proj(attended))                           # (B, N, D)
-        hidden = F.gelu(self.fc1(modulate(x, mlp_m)), approximate=self.approximate)           # (B, N, 4 D)
-        return torch.addcmul(x, mlp_m.gate, self.fc2(hidden))                                 # (B, N, D)
+    def update(self, x: Tensor, attended: Tensor, attn: Modulation, mlp: Modulation) -> Tensor:
+        """Residual steps of attention and MLP for x and attended, (B, N, D) each."""
+        x = x + attn.gate * self.proj(attended)                             # (B, N, D)
+        hidden = self.gelu(self.fc1(modulate(x, mlp.shift, mlp.scale)))     # (B, N, 4 D)
+        return x + mlp.gate * self.fc2(hidden)                              # (B, N, D)
 
 
 class JointBlock(nn.Module):
@@ -170,26 +180,25 @@ class JointBlock(nn.Module):
         super().__init__()
         self.image = Stream(config)
         self.text = Stream(config)
-        head_dim = config.width // config.num_heads
-        self.q_norm = nn.LayerNorm(head_dim, eps=1e-6, bias=False) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(head_dim, eps=1e-6, bias=False) if config.qk_norm else nn.Identity()
 
-    def forward(self, image: Tensor, text: Tensor, condition: Tensor, image_part: Part = slice(None),
-                text_part: Part = slice(None)) -> tuple[Tensor | None, Tensor | None]:
-        """image (B, N, D), text (B, L, D), condition (B, D) -> the two streams, updated.
+        def norm() -> nn.Module:
+            head_dim = config.width // config.num_heads
+            return nn.LayerNorm(head_dim, eps=1e-6, bias=False) if config.qk_norm else nn.Identity()
 
-        The part of each stream that is wanted, None for nothing: after the last block the heads read only some rows of the batch,
-        and nothing reads the tokens of source pictures.
-        """
-        image_attention, image_mlp = self.image.modulations(condition)
-        text_attention, text_mlp = self.text.modulations(condition)
-        pairs = zip(self.image.queries_keys_values(image, image_attention), self.text.queries_keys_values(text, text_attention))
-        q, k, v = (torch.cat(pair, dim=2) for pair in pairs)                                  # (B, heads, N + L, head_dim)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        attended = attention(q, k, v).transpose(1, 2).flatten(2)                              # (B, N + L, D)
+        self.q_norm, self.k_norm = norm(), norm()
+
+    def forward(self, image: Tensor, text: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """image (B, N, D), text (B, L, D), condition (B, D) -> the two streams, updated."""
+        image_attn, image_mlp = self.image.modulations(condition)
+        text_attn, text_mlp = self.text.modulations(condition)
+        image_qkv = self.image.queries_keys_values(image, image_attn)       # (B, heads, N, d)
+        text_qkv = self.text.queries_keys_values(text, text_attn)           # (B, heads, L, d)
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(image_qkv, text_qkv))
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)       # (B, heads, N + L, d)
+        attended = attention(q, k, v).transpose(1, 2).flatten(2)            # (B, N + L, D)
         n = image.shape[1]
-        image = self.image.update(image, attended[:, :n], image_attention, image_mlp, image_part)     # (b, n, D)
-        text = self.text.update(text, attended[:, n:], text_attention, text_mlp, text_part)           # (b, l, D)
+        image = self.image.update(image, attended[:, :n], image_attn, image_mlp)    # (B, N, D)
+        text = self.text.update(text, attended[:, n:], text_attn, text_mlp)         # (B, L, D)
         return image, text
 
 
@@ -203,153 +212,249 @@ class AlignmentHead(nn.Module):
         self.final_silu = final_silu
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.fc2(F.silu(self.fc1(tokens.mean(dim=1))))                                    # (B, N, D) -> (B, out)
+        x = tokens.mean(dim=1)                                              # (B, D)
+        x = self.fc2(F.silu(self.fc1(x)))                                   # (B, out)
         return F.silu(x) if self.final_silu else x
 
 
 class MMDiT(nn.Module):
-    """The dual-diffusion transformer. `gradient_checkpointing = True` recomputes each block in the backward pass to save memory."""
+    """The dual-diffusion transformer.
+
+    Set `gradient_checkpointing` to recompute blocks in the backward pass, which saves memory.
+    """
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
         self.config = c = config
         self.gradient_checkpointing = False
+        # inputs
         self.patch_embed = nn.Linear(c.latent_channels * c.patch_size ** 2, c.width)
         self.register_buffer("pos_embed", torch.empty(1, c.position_table ** 2, c.width))
         self.text_embed = nn.Linear(c.text_dim, c.width)
-        self.text_pos_embed = nn.Parameter(torch.empty(1, c.text_positions, c.width)) if c.text_positions else None
-        self.number_scale = nn.Parameter(torch.empty(c.width)) if c.number_references else None
-        self.time_embed = nn.Sequential(nn.Linear(256, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
+        self.text_pos_embed = self.number_scale = None
+        if c.text_positions:
+            self.text_pos_embed = nn.Parameter(torch.empty(1, c.text_positions, c.width))
+        if c.number_references:
+            self.number_scale = nn.Parameter(torch.empty(c.width))
+        self.time_embed = nn.Sequential(
+            nn.Linear(256, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
         self.null_image = nn.Parameter(torch.empty(1, c.null_tokens, c.width))
+        # both streams
         self.blocks = nn.ModuleList(JointBlock(c) for _ in range(c.depth))
-        self.image_modulation = nn.Linear(c.width, 2 * c.width)     # (shift, scale)
+        # outputs
+        self.image_modulation = nn.Linear(c.width, 2 * c.width)             # shift, scale
         self.image_head = nn.Linear(c.width, c.patch_size ** 2 * c.latent_channels)
         self.text_head = nn.Linear(c.width, c.vocab_size)
-        self.image_align = AlignmentHead(c.width, *c.align_dims, c.align_silu) if c.align_dims else None
-        self.text_align = AlignmentHead(c.width, *c.align_dims, c.align_silu) if c.align_dims else None
+        self.image_align = self.text_align = None
+        if c.align_dims:
+            self.image_align = AlignmentHead(c.width, *c.align_dims, c.align_silu)
+            self.text_align = AlignmentHead(c.width, *c.align_dims, c.align_silu)
         if not self.pos_embed.is_meta:
             for name, tensor in self.state_dict().items():
                 self.initialise(name, tensor)
 
     @torch.no_grad()
     def initialise(self, name: str, tensor: Tensor) -> None:
-        """Fill one tensor of a fresh model: adaLN and heads start at zero, so every block starts as the identity."""
+        """Fill one tensor of a fresh model.
+
+        Modulation and heads start at zero (adaLN-Zero), so every block starts as the identity.
+        """
+        zeros = ("image_head.weight", "text_head.weight", "number_scale")
         if name == "pos_embed":
-            tensor.copy_(sincos_positions(self.config.position_table, self.config.width, 64 / self.config.position_table))    # SD3's span
+            side = self.config.position_table
+            spacing = 64 / side                                 # SD3's table spans 64 units
+            tensor.copy_(sincos_positions(side, self.config.width, spacing))
         elif name in ("text_pos_embed", "null_image"):
             nn.init.normal_(tensor, std=0.02)
         elif "_norm." in name:
             nn.init.ones_(tensor)
-        elif name.endswith("bias") or "modulation" in name or name in ("image_head.weight", "text_head.weight", "number_scale"):
+        elif name.endswith("bias") or "modulation" in name or name in zeros:
             nn.init.zeros_(tensor)
         else:
             nn.init.xavier_uniform_(tensor)
 
     @classmethod
-    def from_pretrained(cls, path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **overrides) -> "MMDiT":
-        """A model from any layout of an MM-DiT checkpoint: SD3 (single file or diffusers folder), UniAlignment or dual diffusion
-        (folder), or this project's own. The configuration comes from config.json or the metadata, else from the shapes;
-        `overrides` sets what neither tells (num_heads of a bare file whose heads are not 64 wide).
+    def from_pretrained(cls, path, dtype: torch.dtype = torch.float32,
+                        device: str | torch.device = "cpu", **overrides) -> "MMDiT":
+        """Load any layout of an MM-DiT checkpoint.
 
-        Raises ValueError that names the file and the tensors, if one is missing, superfluous or of the wrong shape.
+        path: SD3 (single file or diffusers folder), UniAlignment or dual diffusion (folder), or
+        this project's own file. The configuration comes from config.json or the metadata, else
+        from the shapes; `overrides` sets fields that neither specifies (num_heads of a bare file
+        whose heads are not 64 wide). Alignment heads that `overrides` asks for and the file lacks
+        start fresh. Raises ValueError that names the file and each tensor that is missing,
+        superfluous or of the wrong shape.
         """
         file = Checkpoint(path, subfolders=("transformer",)).under("model.diffusion_model.")
         config, sources = _read_layout(file, overrides)
         with torch.device("meta"):
             model = cls(config)
-        sd3 = "blocks.0.image.qkv.weight" not in file and "null_image_embd" not in file
-        heads = "align_dims" in overrides and all("_align." in name for name in model.state_dict().keys() - sources.keys())
-        fresh = model.initialise if sd3 or heads else None      # alignment heads that are asked for and not there start fresh, too
-        return load(model, file, sources, fresh, dtype, device)
+        missing = model.state_dict().keys() - sources.keys()
+        is_sd3 = "blocks.0.image.qkv.weight" not in file and "null_image_embd" not in file
+        fresh_heads = "align_dims" in overrides and all("_align." in name for name in missing)
+        initialise = model.initialise if is_sd3 or fresh_heads else None
+        return load(model, file, sources, initialise, dtype, device)
 
     def _check(self, latents, text, timestep, references, align_depth, want) -> None:
-        c = self.config
+        """Raise ValueError for inputs that the configuration does not allow."""
+        c, batch = self.config, text.shape[0]
         if text.ndim != 3 or text.shape[2] != c.text_dim:
             raise ValueError(f"text has shape {tuple(text.shape)}, expected (B, L, {c.text_dim})")
         if c.text_positions and text.shape[1] > c.text_positions:
-            raise ValueError(f"text has {text.shape[1]} tokens, this model has positions for {c.text_positions}")
-        for name, x in [("latents", latents)] * (latents is not None) + [(f"references[{i}]", r) for i, r in enumerate(references)]:
-            if x.ndim != 4 or x.shape[:2] != (text.shape[0], c.latent_channels):
-                raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({text.shape[0]}, {c.latent_channels}, H, W)")
-            if x.shape[2] % c.patch_size or x.shape[3] % c.patch_size or max(x.shape[2:]) > c.patch_size * c.position_table:
-                raise ValueError(f"{name} is {x.shape[2]} x {x.shape[3]}, expected multiples of {c.patch_size} up to "
-                                 f"{c.patch_size * c.position_table} (the table of positions)")
+            raise ValueError(f"text has {text.shape[1]} tokens, this model has positions for "
+                             f"{c.text_positions}")
+        named = {f"references[{i}]": x for i, x in enumerate(references)}
+        if latents is not None:
+            named = {"latents": latents} | named
+        largest = c.patch_size * c.position_table
+        for name, x in named.items():
+            if x.ndim != 4 or x.shape[:2] != (batch, c.latent_channels):
+                raise ValueError(f"{name} has shape {tuple(x.shape)}, expected "
+                                 f"({batch}, {c.latent_channels}, H, W)")
+            if any(side % c.patch_size or side > largest for side in x.shape[2:]):
+                raise ValueError(f"{name} is {x.shape[2]} x {x.shape[3]}, expected multiples of "
+                                 f"{c.patch_size} up to {largest} (the table of positions)")
         if latents is None and (references or "velocity" in want):
-            raise ValueError("a text-only pass (latents=None) has no references and no velocity; ask for want=('logits',)")
+            raise ValueError("a text-only pass (latents=None) has no references and no velocity; "
+                             "ask for want=('logits',)")
         if timestep.shape != text.shape[:1]:
-            raise ValueError(f"timestep has shape {tuple(timestep.shape)}, expected ({text.shape[0]},)")
+            raise ValueError(f"timestep has shape {tuple(timestep.shape)}, expected ({batch},)")
         if align_depth is not None and not (c.align_dims and 1 <= align_depth <= c.depth):
-            raise ValueError(f"align_depth={align_depth}, expected 1 to {c.depth} in a model that has alignment heads (align_dims)")
+            raise ValueError(f"align_depth={align_depth}, expected 1 to {c.depth} in a model that "
+                             "has alignment heads (align_dims)")
         if unknown := set(want) - {"velocity", "logits"}:
             raise ValueError(f"want has {sorted(unknown)}, expected 'velocity' and 'logits'")
 
     def _embed_image(self, latents: Tensor) -> Tensor:
-        """Patches with their positions: the table's centre, cropped to the picture; (B, C, H, W) -> (B, N, D)."""
+        """Embed patches and add their positions, (B, C, H, W) -> (B, N, D).
+
+        The positions are the centre of the table, cropped to the image.
+        """
         p, side = self.config.patch_size, self.config.position_table
         h, w = latents.shape[2] // p, latents.shape[3] // p
         top, left = (side - h) // 2, (side - w) // 2
-        table = self.pos_embed.unflatten(1, (side, side))[:, top:top + h, left:left + w]      # (1, h, w, D)
-        return self.patch_embed(patchify(latents, p)) + table.flatten(1, 2)                   # (B, N, D)
+        table = self.pos_embed.unflatten(1, (side, side))                   # (1, side, side, D)
+        crop = table[:, top:top + h, left:left + w].flatten(1, 2)           # (1, N, D)
+        return self.patch_embed(patchify(latents, p)) + crop                # (B, N, D)
 
-    def forward(self, latents: Tensor | None, text: Tensor, timestep: Tensor, references: Sequence[Tensor] = (),
-                align_depth: int | None = None, want: Sequence[str] | Mapping[str, slice] = ("velocity", "logits")) -> Output:
-        """One pass of both streams.
+    def _embed_reference(self, latents: Tensor, number: int) -> Tensor:
+        """Embed source image `number` (from 1), (B, C, H, W) -> (B, N', D).
 
-        latents (B, C, H, W) noisy (image branch) or clean (text branch), None: text only; text (B, L, text_dim) from T5;
-        timestep (B,) in [0, 1000], 0 for a clean picture; references: clean latents (B, C, H', W'), any number;
-        align_depth: 1-based block after which the mids are taken; want: the heads to compute, or {head: rows of the batch},
-        so that a batch which mixes both branches computes each head, with the hidden states that it reads, for its rows only.
+        Its number is a fixed code times a learned scale. With a learned matrix in place of the
+        scale, Adam's first steps make the number drown the image (experiments/LOG.md).
+        """
+        x = self._embed_image(latents)                                      # (B, N', D)
+        if self.number_scale is None:
+            return x
+        number = torch.tensor([number], device=latents.device)
+        code = timestep_embedding(number, self.config.width, max_period=100)        # (1, D)
+        return x + self.number_scale * code.to(x.dtype)
+
+    def _embed_text(self, text: Tensor) -> Tensor:
+        """Project T5's output, (B, L, text_dim) -> (B, L, D), in the dtype of the weights."""
+        text = self.text_embed(text).to(self.pos_embed.dtype)               # undo autocast's type
+        if self.text_pos_embed is None:
+            return text
+        return text + self.text_pos_embed[:, :text.shape[1]]
+
+    def forward(self, latents: Tensor | None, text: Tensor, timestep: Tensor,
+                references: Sequence[Tensor] = (), align_depth: int | None = None,
+                want: Sequence[str] | Mapping[str, slice] = ("velocity", "logits")) -> Output:
+        """Run both streams.
+
+        latents (B, C, H, W): noisy in the image branch, clean in the text branch, None for text
+        only; text (B, L, text_dim) from T5; timestep (B,) in [0, 1000], 0 for a clean image;
+        references: clean latents (B, C, H', W') of source images, any number; align_depth: block,
+        from 1, after which the mids are taken; want: the heads to compute, or {head: rows}, so that
+        a batch of both branches computes each head for its own rows only.
         Raises ValueError on wrong shapes.
         """
         self._check(latents, text, timestep, references, align_depth, want)
         rows = want if isinstance(want, Mapping) else dict.fromkeys(want, slice(None))
-        condition = F.silu(self.time_embed(timestep_embedding(timestep).to(self.pos_embed.dtype)))      # (B, D)
-        text = self.text_embed(text).to(self.pos_embed.dtype)     # both streams in full precision under autocast       (B, L, D)
-        if self.text_pos_embed is not None:
-            text = text + self.text_pos_embed[:, :text.shape[1]]                              # (B, L, D)
+        time = timestep_embedding(timestep).to(self.pos_embed.dtype)        # (B, 256)
+        condition = F.silu(self.time_embed(time))                           # (B, D)
+        text = self._embed_text(text)                                       # (B, L, D)
         if latents is None:
-            image = self.null_image.expand(len(text), -1, -1)                                 # (B, null, D)
-            n = image.shape[1]
+            image = self.null_image.expand(len(text), -1, -1)               # (B, null, D)
         else:
-            pictures = [self._embed_image(x) for x in (latents, *references)]                 # each (B, N, D)
-            if self.number_scale is not None:                   # a scale, not a matrix: Adam's first steps would make that swamp the pictures
-                codes = timestep_embedding(torch.arange(len(pictures), device=text.device), self.config.width, max_period=100)
-                pictures[1:] = [x + self.number_scale * code.to(x.dtype) for x, code in zip(pictures[1:], codes[1:])]
-            image, n = torch.cat(pictures, dim=1), pictures[0].shape[1]                       # (B, N + N', D)
+            image = self._embed_image(latents)                              # (B, N, D)
+        n = image.shape[1]
+        sources = [self._embed_reference(x, i) for i, x in enumerate(references, start=1)]
+        image = torch.cat([image, *sources], dim=1)                         # (B, N + N', D)
 
-        read = (rows["velocity"], slice(n)) if "velocity" in rows else None, rows.get("logits")    # what the heads read of each stream
         image_mid = text_mid = None
         for depth, block in enumerate(self.blocks, start=1):
-            wanted = read if depth == len(self.blocks) and depth != align_depth else ()
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                image, text = recompute(block, image, text, condition, *wanted, use_reentrant=False)
+                image, text = recompute(block, image, text, condition, use_reentrant=False)
             else:
-                image, text = block(image, text, condition, *wanted)                          # (B, N + N', D), (B, L, D)
+                image, text = block(image, text, condition)             # (B, N + N', D), (B, L, D)
             if depth == align_depth:
-                image_mid, text_mid = self.image_align(image[:, :n]), self.text_align(text)   # (B, d), (B, d)
+                image_mid = self.image_align(image[:, :n])                  # (B, d)
+                text_mid = self.text_align(text)                            # (B, d)
 
         velocity = logits = image_hidden = text_hidden = None
-        if "logits" in rows:
-            text = text if wanted else text[read[1]]                                          # (b, L, D)
-            text_hidden = F.layer_norm(text, text.shape[-1:], eps=1e-6)                       # (b, L, D)
-            logits = self.text_head(text_hidden)                                              # (b, L, vocab)
         if "velocity" in rows:
-            r, p, (h, w) = rows["velocity"], self.config.patch_size, latents.shape[2:]
-            image = image if wanted else image[read[0]]                                       # (b, N, D)
-            shift, scale = self.image_modulation(condition[r])[:, None].chunk(2, dim=-1)      # (b, 1, D) each
-            image_hidden = modulate(image, Modulation(shift, scale, None))                    # (b, N, D)
-            velocity = unpatchify(self.image_head(image_hidden), p, h // p, w // p)           # (b, C, H, W)
+            p, (h, w) = self.config.patch_size, latents.shape[2:]
+            image, condition = image[rows["velocity"], :n], condition[rows["velocity"]]
+            shift, scale = self.image_modulation(condition)[:, None].chunk(2, dim=-1)   # (b, 1, D)
+            image_hidden = modulate(image, shift, scale)                    # (b, N, D)
+            velocity = unpatchify(self.image_head(image_hidden), p, h // p, w // p)  # (b, C, H, W)
+        if "logits" in rows:
+            text = text[rows["logits"]]                                     # (b, L, D)
+            text_hidden = F.layer_norm(text, text.shape[-1:], eps=1e-6)     # (b, L, D)
+            logits = self.text_head(text_hidden)                            # (b, L, vocab)
         return Output(velocity, logits, image_hidden, text_hidden, image_mid, text_mid)
 
 
 # ---------------------------------------------------------------- released layouts
 
-# own name below a block's stream -> name in the file, for both layouts
-_SINGLE_FILE = {"modulation": "adaLN_modulation.1", "qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
-_DIFFUSERS_IMAGE = {"modulation": ("norm1.linear",), "qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "proj": ("attn.to_out.0",),
-                    "fc1": ("ff.net.0.proj",), "fc2": ("ff.net.2",)}
-_DIFFUSERS_TEXT = {"modulation": ("norm1_context.linear",), "qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-                   "proj": ("attn.to_add_out",), "fc1": ("ff_context.net.0.proj",), "fc2": ("ff_context.net.2",)}
+# own name below a block's stream -> names in the file
+_SINGLE_FILE = {
+    "modulation": ("adaLN_modulation.1",), "qkv": ("attn.qkv",), "proj": ("attn.proj",),
+    "fc1": ("mlp.fc1",), "fc2": ("mlp.fc2",)}
+_DIFFUSERS_IMAGE = {
+    "modulation": ("norm1.linear",), "qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "proj": ("attn.to_out.0",), "fc1": ("ff.net.0.proj",), "fc2": ("ff.net.2",)}
+_DIFFUSERS_TEXT = {
+    "modulation": ("norm1_context.linear",),
+    "qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "proj": ("attn.to_add_out",), "fc1": ("ff_context.net.0.proj",), "fc2": ("ff_context.net.2",)}
+# field of the diffusers config.json -> own field
+_DIFFUSERS_CONFIG = {
+    "num_layers": "depth", "num_attention_heads": "num_heads", "in_channels": "latent_channels",
+    "patch_size": "patch_size", "joint_attention_dim": "text_dim",
+    "caption_projection_dim": "width", "pos_embed_max_size": "position_table"}
+
+
+class _Layout(NamedTuple):
+    """The names of one released layout."""
+    blocks: str                             # prefix of block {}
+    streams: dict[str, tuple[str, dict]]    # own stream -> prefix below a block, names of its parts
+    patch: str
+    text: str
+    positions: str
+    time: tuple[str, str]                   # MLP of the timestep
+    pooled: tuple[str, str]                 # MLP of the pooled text, in SD3 only
+    modulation: str                         # before the image head
+    head: str
+    scale_first: bool                       # the last modulations are (scale, shift)
+
+
+_SD3_SINGLE_FILE = _Layout(
+    blocks="joint_blocks.{}.",
+    streams={"image": ("x_block.", _SINGLE_FILE), "text": ("context_block.", _SINGLE_FILE)},
+    patch="x_embedder.proj", text="context_embedder", positions="pos_embed",
+    time=("t_embedder.mlp.0", "t_embedder.mlp.2"), pooled=("y_embedder.mlp.0", "y_embedder.mlp.2"),
+    modulation="final_layer.adaLN_modulation.1", head="final_layer.linear", scale_first=False)
+_SD3_DIFFUSERS = _Layout(
+    blocks="transformer_blocks.{}.",
+    streams={"image": ("", _DIFFUSERS_IMAGE), "text": ("", _DIFFUSERS_TEXT)},
+    patch="pos_embed.proj", text="context_embedder", positions="pos_embed.pos_embed",
+    time=("time_text_embed.timestep_embedder.linear_1",
+          "time_text_embed.timestep_embedder.linear_2"),
+    pooled=("time_text_embed.text_embedder.linear_1", "time_text_embed.text_embedder.linear_2"),
+    modulation="norm_out.linear", head="proj_out", scale_first=True)
+_UNIALIGNMENT = _SD3_DIFFUSERS._replace(modulation="image_norm_out.linear", head="image_proj_out")
 
 
 def _swap_halves(x: Tensor) -> Tensor:
@@ -359,100 +464,146 @@ def _swap_halves(x: Tensor) -> Tensor:
 
 
 def _extend_last_text_modulation(shift_scale: Tensor) -> Tensor:
-    """SD3's last text stream only serves the attention: (shift, scale) -> six parts with gates of zero, so it is the identity."""
-    return torch.cat([shift_scale, shift_scale.new_zeros(2 * len(shift_scale), *shift_scale.shape[1:])])
+    """SD3's (shift, scale) of the last text stream -> six parts with gates of zero.
+
+    That stream only serves the attention in SD3. With gates of zero it is the identity.
+    """
+    gates_and_mlp = shift_scale.new_zeros(2 * len(shift_scale), *shift_scale.shape[1:])
+    return torch.cat([shift_scale, gates_and_mlp])
 
 
-def _fold_pooled_text(time_bias: Tensor, hidden_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """SD3 adds an MLP of the pooled text vector to the timestep's; for an all-zero vector that is a constant."""
+def _fold_pooled_text(time_bias: Tensor, hidden_bias: Tensor, weight: Tensor,
+                      bias: Tensor) -> Tensor:
+    """Add SD3's MLP of an all-zero pooled text, a constant, to the timestep's last bias."""
     return time_bias + weight @ F.silu(hidden_bias) + bias
 
 
 def _exact_positions(table: Tensor) -> Tensor:
-    """The fixed table at full precision, where the file holds it rounded to half; any other table stays as it is in the file."""
+    """The fixed table at full precision, if the file holds it rounded; else the file's own."""
     if table.is_meta:
         return table
     side, dim = math.isqrt(table.shape[1]), table.shape[2]
-    step = torch.atan2(table[0, 1, 0], table[0, 1, dim // 4]).item()    # the second column's angle at frequency 1
-    exact = sincos_positions(side, dim, round(side * step) / side).to(table)
+    sine, cosine = table[0, 1, 0], table[0, 1, dim // 4]        # second column, frequency 1
+    spacing = torch.atan2(sine, cosine).item()
+    exact = sincos_positions(side, dim, round(side * spacing) / side).to(table)
     return exact if torch.allclose(exact, table, rtol=0, atol=1e-3) else table
 
 
 def _linear(own: str, *names: str, combine=None) -> dict[str, Source]:
     """Sources of a linear layer's weight and bias."""
-    return {f"{own}.{part}": Source(tuple(f"{n}.{part}" for n in names), *([combine] if combine else []))
-            for part in ("weight", "bias")}
+    sources = {}
+    for part in ("weight", "bias"):
+        stacked = tuple(f"{name}.{part}" for name in names)
+        sources[f"{own}.{part}"] = Source(stacked, combine) if combine else Source(stacked)
+    return sources
 
 
 def _read_layout(file: Checkpoint, overrides: Mapping) -> tuple[MMDiTConfig, dict[str, Source]]:
-    """The configuration and the source of every tensor, for whichever layout the file has."""
+    """The configuration and the source of every tensor, for the layout that the file has."""
     if "blocks.0.image.qkv.weight" in file:
         config = make_config(MMDiTConfig, file.config | dict(overrides), str(file.path))
         return config, {name: Source((name,)) for name in file.names()}
     if "joint_blocks.0.x_block.attn.qkv.weight" in file:
-        single, blocks, patch, text, positions = True, "joint_blocks.{}.", "x_embedder.proj", "context_embedder", "pos_embed"
-        time, pooled = [f"t_embedder.mlp.{i}" for i in (0, 2)], [f"y_embedder.mlp.{i}" for i in (0, 2)]
-        modulation, head = "final_layer.adaLN_modulation.1", "final_layer.linear"
+        layout = _SD3_SINGLE_FILE
+    elif "image_proj_out.weight" in file and "transformer_blocks.0.attn.to_q.weight" in file:
+        layout = _UNIALIGNMENT
     elif "transformer_blocks.0.attn.to_q.weight" in file:
-        dual = "image_proj_out.weight" in file
-        single, blocks, patch, text = False, "transformer_blocks.{}.", "pos_embed.proj", "context_embedder"
-        positions = "pos_embed.pos_embed"
-        time = [f"time_text_embed.timestep_embedder.linear_{i}" for i in (1, 2)]
-        pooled = [f"time_text_embed.text_embedder.linear_{i}" for i in (1, 2)]
-        modulation, head = ("image_norm_out.linear", "image_proj_out") if dual else ("norm_out.linear", "proj_out")
+        layout = _SD3_DIFFUSERS
     else:
-        raise ValueError(f"{file.path}: holds no MM-DiT in a known layout (SD3 single file, SD3 or UniAlignment diffusers folder, "
-                         f"own); its first tensors are {', '.join(file.names()[:4])}")
-
-    width, channels, patch_size, _ = file.shape(f"{patch}.weight")
-    fields = {"width": width, "latent_channels": channels, "patch_size": patch_size, "depth": file.count(blocks),
-              "num_heads": max(1, width // 64), "text_dim": file.shape(f"{text}.weight")[1],
-              "position_table": math.isqrt(file.shape(positions)[1])}
-    if "text_proj_out.weight" in file:
-        fields |= {"vocab_size": file.shape("text_proj_out.weight")[0], "null_tokens": file.shape("null_image_embd")[1]}
-    if "siglip_adapter_img.fc.0.weight" in file:
-        fields["align_dims"] = tuple(file.shape(f"siglip_adapter_img.fc.{i}.weight")[0] for i in (0, 2))
-    named = {"num_layers": "depth", "num_attention_heads": "num_heads", "in_channels": "latent_channels", "patch_size": "patch_size",
-             "joint_attention_dim": "text_dim", "caption_projection_dim": "width", "pos_embed_max_size": "position_table"}
-    fields |= {own: file.config[name] for name, own in named.items() if name in file.config} | dict(overrides)
-    config = make_config(MMDiTConfig, fields, str(file.path))
-
-    sources = {"pos_embed": Source((positions,), _exact_positions), "patch_embed.bias": Source((f"{patch}.bias",)),
-               "patch_embed.weight": Source((f"{patch}.weight",), lambda w: w.flatten(1))}
-    sources |= _linear("text_embed", text) | _linear("time_embed.0", time[0]) | _linear("time_embed.2", time[1])
-    sources |= _linear("image_modulation", modulation, combine=None if single else _swap_halves) | _linear("image_head", head)
-    for i in range(config.depth):
-        for part in _SINGLE_FILE:
-            for stream, block, names in (("image", "x_block", _DIFFUSERS_IMAGE), ("text", "context_block", _DIFFUSERS_TEXT)):
-                found = [f"{block}.{_SINGLE_FILE[part]}"] if single else names[part]
-                sources |= _linear(f"blocks.{i}.{stream}.{part}", *(blocks.format(i) + name for name in found))
-    if f"{pooled[0]}.weight" in file:                                # SD3: see the module docstring
-        last = f"blocks.{config.depth - 1}.text."
-        for part in ("proj", "fc1", "fc2"):
-            for name in _linear(last + part, ""):
-                del sources[name]
-        extend = _extend_last_text_modulation
-        sources |= _linear(last + "modulation", sources[last + "modulation.weight"].names[0].removesuffix(".weight"),
-                           combine=extend if single else lambda x: extend(_swap_halves(x)))
-        sources["time_embed.2.bias"] = Source((f"{time[1]}.bias", f"{pooled[0]}.bias", f"{pooled[1]}.weight", f"{pooled[1]}.bias"),
-                                              _fold_pooled_text)
-    else:
-        sources |= {"null_image": Source(("null_image_embd",))} | _linear("text_head", "text_proj_out")
-        if config.align_dims and "siglip_adapter_img.fc.0.weight" in file:
-            for own, name in (("image_align", "siglip_adapter_img"), ("text_align", "siglip_adapter_text")):
-                sources |= _linear(f"{own}.fc1", f"{name}.fc.0") | _linear(f"{own}.fc2", f"{name}.fc.2")
+        raise ValueError(f"{file.path}: holds no MM-DiT in a known layout (SD3 single file, SD3 or "
+                         "UniAlignment diffusers folder, own); its first tensors are "
+                         f"{', '.join(file.names()[:4])}")
+    config = make_config(MMDiTConfig, _fields(file, layout) | dict(overrides), str(file.path))
+    sources = _shared_sources(layout, config.depth)
+    if f"{layout.pooled[0]}.weight" in file:
+        _adapt_sd3(sources, layout, config.depth)
+        return config, sources
+    sources |= {"null_image": Source(("null_image_embd",))} | _linear("text_head", "text_proj_out")
+    if config.align_dims and "siglip_adapter_img.fc.0.weight" in file:
+        for own, name in (("image", "siglip_adapter_img"), ("text", "siglip_adapter_text")):
+            sources |= _linear(f"{own}_align.fc1", f"{name}.fc.0")
+            sources |= _linear(f"{own}_align.fc2", f"{name}.fc.2")
     return config, sources
 
 
+def _fields(file: Checkpoint, layout: _Layout) -> dict:
+    """Fields of the configuration from the shapes, then from config.json."""
+    width, channels, patch_size, _ = file.shape(f"{layout.patch}.weight")
+    fields = {
+        "width": width, "latent_channels": channels, "patch_size": patch_size,
+        "depth": file.count(layout.blocks), "num_heads": max(1, width // 64),
+        "text_dim": file.shape(f"{layout.text}.weight")[1],
+        "position_table": math.isqrt(file.shape(layout.positions)[1])}
+    if "text_proj_out.weight" in file:
+        fields["vocab_size"] = file.shape("text_proj_out.weight")[0]
+        fields["null_tokens"] = file.shape("null_image_embd")[1]
+    if "siglip_adapter_img.fc.0.weight" in file:
+        layers = [file.shape(f"siglip_adapter_img.fc.{i}.weight") for i in (0, 2)]
+        fields["align_dims"] = tuple(shape[0] for shape in layers)
+    for name, own in _DIFFUSERS_CONFIG.items():
+        if name in file.config:
+            fields[own] = file.config[name]
+    return fields
+
+
+def _shared_sources(layout: _Layout, depth: int) -> dict[str, Source]:
+    """Sources of the tensors that SD3 and the dual model have in common."""
+    swap = _swap_halves if layout.scale_first else None
+    sources = {
+        "pos_embed": Source((layout.positions,), _exact_positions),
+        "patch_embed.weight": Source((f"{layout.patch}.weight",), lambda w: w.flatten(1)),
+        "patch_embed.bias": Source((f"{layout.patch}.bias",))}
+    sources |= _linear("text_embed", layout.text)
+    sources |= _linear("time_embed.0", layout.time[0])
+    sources |= _linear("time_embed.2", layout.time[1])
+    sources |= _linear("image_modulation", layout.modulation, combine=swap)
+    sources |= _linear("image_head", layout.head)
+    for i in range(depth):
+        for stream, (prefix, parts) in layout.streams.items():
+            for part, names in parts.items():
+                full = [layout.blocks.format(i) + prefix + name for name in names]
+                sources |= _linear(f"blocks.{i}.{stream}.{part}", *full)
+    return sources
+
+
+def _adapt_sd3(sources: dict[str, Source], layout: _Layout, depth: int) -> None:
+    """Replace the sources in which SD3 differs from the dual model.
+
+    SD3's last block has no text output, and its timestep MLP takes a pooled text, all zero here.
+    """
+    last = f"blocks.{depth - 1}.text."
+    for part in ("proj", "fc1", "fc2"):
+        for name in _linear(last + part):
+            del sources[name]                               # initialised as those of a fresh model
+
+    def extend(shift_scale: Tensor) -> Tensor:
+        if layout.scale_first:
+            shift_scale = _swap_halves(shift_scale)
+        return _extend_last_text_modulation(shift_scale)
+
+    for part in ("weight", "bias"):
+        name = f"{last}modulation.{part}"
+        sources[name] = Source(sources[name].names, extend)
+    first, second = layout.pooled
+    sources["time_embed.2.bias"] = Source(
+        (f"{layout.time[1]}.bias", f"{first}.bias", f"{second}.weight", f"{second}.bias"),
+        _fold_pooled_text)
+
+
 if __name__ == "__main__":
-    small = MMDiTConfig(width=128, depth=4, num_heads=4, text_dim=128, vocab_size=150, position_table=8, qk_norm=True)
+    small = MMDiTConfig(width=128, depth=4, num_heads=4, text_dim=128, vocab_size=150,
+                        position_table=8, qk_norm=True)
     try:
-        mmdit = MMDiT.from_pretrained(sys.argv[1], device="meta") if len(sys.argv) > 1 else MMDiT(small)
+        model = MMDiT(small)
+        if len(sys.argv) > 1:
+            model = MMDiT.from_pretrained(sys.argv[1], device="meta")
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(mmdit.config)
-    print(f"{sum(p.numel() for p in mmdit.parameters()) / 1e6:.1f} M parameters")
-    side, device = 8 * mmdit.config.patch_size, mmdit.pos_embed.device
-    result = mmdit(torch.zeros(2, mmdit.config.latent_channels, side, side, device=device),
-                   torch.zeros(2, 32, mmdit.config.text_dim, device=device), torch.zeros(2, device=device))
-    print({name: tuple(x.shape) for name, x in result._asdict().items() if x is not None})
+    print(model.config)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    c, device = model.config, model.pos_embed.device
+    side = 8 * c.patch_size
+    latents = torch.zeros(2, c.latent_channels, side, side, device=device)
+    text = torch.zeros(2, 32, c.text_dim, device=device)
+    out = model(latents, text, torch.zeros(2, device=device))
+    print({name: tuple(x.shape) for name, x in out._asdict().items() if x is not None})

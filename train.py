@@ -192,7 +192,8 @@ def corrupt(batch: Batch, latents: Tensor, text_encoder: T5Encoder, mask_id: int
     if batch.prompts is not None:
         sigma = logit_normal_sigmas(b, config.sigma_mean, generator)                # (B,)
         noise = torch.randn(x.shape, generator=generator, device=device)            # (B, C, H, W)
-        noisy = torch.lerp(x, noise, sigma.view(-1, 1, 1, 1))                       # (B, C, H, W)
+        s = sigma.view(-1, 1, 1, 1)                                                 # (B, 1, 1, 1)
+        noisy = (1 - s) * x + s * noise                         # z = (1 - sigma) x + sigma e
         dropped = torch.rand(b, generator=generator, device=device) < config.prompt_dropout
         no_prompt = empty[:, :batch.prompts.shape[1]]                               # (1, L')
         texts["prompts"] = torch.where(dropped[:, None], no_prompt, batch.prompts)  # (B, L')
