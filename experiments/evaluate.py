@@ -337,7 +337,7 @@ def score_pairs(pipeline: Pipeline, examples: Sequence[Example], seed: int = 0, 
          [Case([(trial.result, trial.prompt)]) for trial in full]),
         ("picture, and the caption written",
          [Case([(trial.sources[0], trial.result)]) for trial in described]),
-        ("prompt that tells only a part, and the picture drawn",
+        ("partial prompt, and the picture drawn",
          [Case([(trial.result, trial.prompt)]) for trial in partial]),
     ]
     return scores, {"text_to_image": samples}
@@ -465,7 +465,8 @@ def print_next_steps(run: Path) -> None:
     files = RunFiles(run)
     prompt = ("a large red circle at the top left and a small blue square at the center "
               "on a gray background")
-    picture = files.world / "images" / "test" / "000002.png"
+    world_folder = parts_of(read_config(files.config), run).data[0].parent
+    picture = world_folder / "images" / "test" / "000002.png"
     print(f"\nthe report: {files.report}    the samples: {files.samples()}    try next:")
     print(f'  python sample.py --run {run} "{prompt}"')
     print(f"  python sample.py --run {run} --describe {picture}")

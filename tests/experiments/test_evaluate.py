@@ -1,6 +1,7 @@
 """The scores: perfect results score 1, and each kind of mistake lowers exactly its own figures."""
 import json
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from config import PRESETS, write_config
 from data import load_image, read_jsonl, to_images, to_pictures
 from experiments import dataset, evaluate, language, report, world
 from experiments.evaluate import Trial
@@ -391,8 +393,12 @@ def test_a_folder_without_a_run(tmp_path):
 
 
 def test_next_steps(tmp_path, capsys):
+    folder = tmp_path / "world"
+    folder.mkdir()
+    write_config(replace(PRESETS["mini"], data=str(folder)), tmp_path)
     evaluate.print_next_steps(tmp_path)
     screen = capsys.readouterr().out
     assert f"{tmp_path}/report.html" in screen and f"{tmp_path}/samples.png" in screen
     commands = [line for line in screen.splitlines() if line.startswith("  python sample.py")]
     assert len(commands) == 2 and all(f"--run {tmp_path}" in command for command in commands)
+    assert commands[1].endswith(f"--describe {folder}/images/test/000002.png")
