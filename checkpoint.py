@@ -10,6 +10,7 @@ Run alone to list the tensors of a checkpoint:   python checkpoint.py PATH [PREF
 import copy
 import dataclasses
 import json
+import operator
 import os
 import sys
 import types
@@ -57,9 +58,33 @@ def _is_a(value, kind) -> bool:
     return isinstance(value, kind)
 
 
-def option(default, help: str):
-    """A dataclass field with a default and the help text that `--help` shows."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default, help: str, *, above: float | None = None, least: float | None = None,
+           below: float | None = None, most: float | None = None):
+    """A dataclass field with a default, the help text that `--help` shows, and its range.
+
+    The range is above < value, least <= value, value < below, value <= most; see `check_ranges`.
+    """
+    limits = {"above": above, "at least": least, "below": below, "at most": most}
+    limits = {words: limit for words, limit in limits.items() if limit is not None}
+    return dataclasses.field(default=default, metadata={"help": help, "range": limits})
+
+
+_IN_RANGE = {"above": operator.gt, "at least": operator.ge,
+             "below": operator.lt, "at most": operator.le}
+
+
+def check_ranges(config, prefix: str = "--") -> None:
+    """Raise ValueError for a field of a dataclass, nested ones included, outside of its range."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, f"{prefix}{f.name}.")
+            continue
+        limits = f.metadata.get("range", {})
+        # NaN compares false, so it is in no range
+        if not all(_IN_RANGE[words](value, limit) for words, limit in limits.items()):
+            expected = " and ".join(f"{words} {limit}" for words, limit in limits.items())
+            raise ValueError(f"{prefix}{f.name} {value}: expected {expected}")
 
 
 def make_config(kind, values: Mapping, origin: str):
