@@ -7,11 +7,15 @@ wrong shape.
 
 Run alone to list the tensors of a checkpoint:   python checkpoint.py PATH [PREFIX]
 """
+import contextlib
 import copy
 import dataclasses
+import functools
 import json
+import math
 import operator
 import os
+import re
 import sys
 import types
 import typing
@@ -19,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -131,6 +135,199 @@ def read_json(text: bytes | str, origin: str) -> dict:
     return content
 
 
+# What a file is by its first bytes: (regular expression, description and advice).
+_FORMATS = (
+    (rb"\Z", "an empty file: download it again"),
+    (rb"version https://git-lfs", "a Git LFS pointer, which only stands for the file: run "
+     "`git lfs pull` in the cloned repository, or download the file itself"),
+    (rb"(?i)\W*<(!doctype|html|head|\?xml)", "a saved web page (HTML): download the file itself, "
+     "which may need a login"),
+    (rb".{4}\x00{4}\{", "a safetensors file"),
+    (rb"PK\x03\x04|\x80[\x02-\x05]", "a PyTorch pickle (.ckpt, .pt, .bin), which could run any "
+     "program and is never opened: get the .safetensors file of the same model"),
+    (rb"GGUF|lmgg|tjgg", "a GGUF or GGML file, quantised for other programs: get the .safetensors "
+     "file of the same model"),
+    (rb"\x89HDF", "an HDF5 file (Keras): get the .safetensors file of the same model"),
+    (rb"\x08[\x01-\x1f]\x12", "an ONNX file: get the .safetensors file of the same model"),
+    (rb"\n.{1,2}\n\x05<pad>", "a sentencepiece model, which is a tokenizer"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "an archive: unpack it"),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF", "a picture"),
+    (rb"\x00{8}", "a file that begins with zeros, as an unfinished download does: "
+     "download it again"),
+    (rb"[\x80-\x8f\xde\xdf][\xa0-\xbf\xd9]", "a msgpack file (Flax): get the .safetensors file of "
+     "the same model"),
+)
+
+# Other files than weights in safetensors, by the ends of their names.
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx",
+                  ".part", ".incomplete", ".crdownload", ".aria2")
+
+# What no model of this project reads, by a tensor's name: (regular expression, description).
+_FOREIGN = (
+    (r"lora_|\.lora\.|\.lokr_|\.hada_", "a LoRA, the change of a model without the model: merge it "
+     "into its model and save that"),
+    (r"\.absmax$|\.quant_map$|\.quant_state\.|\.SCB$|\.qweight$|\.qzeros$|\.wscales$",
+     "a quantised model (bitsandbytes, GPTQ, AWQ or SVDQuant): get the weights in float16, "
+     "bfloat16 or fp8"),
+    (r"weight_scale_inv$", "a model in block-wise scaled fp8: get the weights in float16, bfloat16 "
+     "or fp8"),
+    (r"controlnet|control_net|pos_embed_input\.", "a ControlNet, an addition to a model: expected "
+     "the model itself"),
+    (r"(^|\.)double_blocks\.|(^|\.)single_transformer_blocks\.", "a Flux transformer: expected "
+     "Stable Diffusion 3 medium or UniAlignment"),
+    (r"attn\.ln_q\.|\.norm_added_q\.|x_block\.attn2\.|^transformer_blocks\.\d+\.attn2\.",
+     "a transformer with norms on queries and keys or a second attention (Stable Diffusion 3.5 or "
+     "a relative), which is not supported: expected Stable Diffusion 3 medium"),
+    (r"(^|\.)input_blocks\.|down_blocks\.\d+\.attentions\.|cond_stage_model\.|conditioner\.",
+     "a model with a U-Net (Stable Diffusion 1, 2 or XL): expected Stable Diffusion 3 medium"),
+    (r"encoder\.block\.1\.layer\.0\.SelfAttention\.relative_attention_bias",
+     "a UMT5 encoder: expected T5 v1.1"),
+    (r"DenseReluDense\.wi\.weight$", "the first version of T5 (t5-small to t5-11b), without gates: "
+     "expected T5 v1.1"),
+    (r"^(taesd_)?(en|de)coder\.(layers\.)?\d+\.", "a tiny autoencoder (TAESD): expected the "
+     "autoencoder of Stable Diffusion 3"),
+    (r"^bn\.running_mean$", "the autoencoder of Flux 2: expected that of Stable Diffusion 3"),
+    (r"deepstack_merger_list|^blocks\.0\.norm1\.bias$", "the vision encoder of Qwen2-VL or "
+     "Qwen3-VL: expected Qwen2.5-VL"),
+)
+
+# What one model reads and another one is given, by a tensor's name.
+_KNOWN = (
+    (r"(^|\.)(joint_blocks|transformer_blocks)\.0\.", "an MM-DiT"),
+    (r"encoder\.block\.0\.layer\.0\.SelfAttention\.", "a T5 text encoder"),
+    (r"text_model\.encoder\.layers|transformer\.resblocks", "a CLIP text encoder"),
+    (r"(^|\.)encoder\.down(_blocks)?\.0\.", "an autoencoder"),
+    (r"(^|\.)model\.layers\.0\.|^visual\.", "a language model"),
+    (r"^\d+\.\d+\.\w+$", "an optimizer's state"),
+)
+
+_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}
+# The marks of diffusers and transformers for copies of the full weights.
+_VARIANT = re.compile(r"\.(fp\d+|bf16|(non|no)_ema)\b")
+
+
+@functools.cache                                                 # each note once
+def note(text: str) -> None:
+    """Tell the user about a guess, in one line on stderr."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def identify(path: str | Path) -> str:
+    """Say what a file is by its first bytes, with advice; "" if they do not show it."""
+    with open(path, "rb") as file:
+        head = file.read(256)
+    for pattern, description in _FORMATS:
+        if re.match(pattern, head, re.DOTALL):
+            return description
+    try:
+        words = head.decode().split()
+    except UnicodeDecodeError:
+        return ""
+    is_text = words and all(word.isprintable() for word in words)
+    return f"a text that begins {' '.join(words)[:60]!r}" if is_text else ""
+
+
+def _is_index(file: Path) -> bool:
+    """Whether it lists the shards of a checkpoint, or of its fp16 variant."""
+    return ".safetensors." in file.name and ".index." in file.name and file.suffix == ".json"
+
+
+class _Entry(typing.NamedTuple):
+    """Where the values of a tensor are. Nothing stays open or mapped, so files can be replaced."""
+    file: Path
+    dtype: str                                                   # as safetensors writes it
+    shape: tuple[int, ...]
+    start: int                                                   # first byte
+    size: int                                                    # in bytes
+    scale: "_Entry | None" = None                                # factor of scaled fp8 weights
+
+    def read(self) -> Tensor:
+        if self.dtype not in _TYPES:
+            raise ValueError(f"{self.file}: a tensor of type {self.dtype}, which is not supported: "
+                             "get the weights in float16, bfloat16 or fp8")
+        tensor = torch.empty(self.shape, dtype=_TYPES[self.dtype], device="cpu")
+        with open(self.file, "rb") as file:
+            file.seek(self.start)
+            count = file.readinto(tensor.reshape(-1).view(torch.uint8).numpy())
+        if count != self.size:
+            raise ValueError(f"{self.file}: became shorter while it was read")
+        if self.scale is None:
+            return tensor
+        scale = self.scale.read().float()                        # one factor, or one for each row
+        return tensor.float() * scale.reshape(-1, *[1] * (tensor.ndim - 1))
+
+
+def _read_header(file: Path) -> tuple[dict[str, str], dict[str, _Entry]]:
+    """Metadata and tensors of a safetensors file. Raises ValueError if it is no whole one."""
+    broken = f"{file}: not a whole safetensors file"
+    try:
+        size = file.stat().st_size
+        kind = identify(file)
+        with open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            text = opened.read(length) if length <= size - 8 else b""
+    except OSError as error:
+        if file.is_symlink() and not file.exists():
+            raise ValueError(f"{file}: a link to {os.readlink(file)}, which does not exist; "
+                             "the download may be unfinished: download it again") from error
+        raise ValueError(f"{file}: cannot be read ({error.strerror})") from error
+    if kind not in ("", "a safetensors file"):
+        cut = " (truncated to 0 bytes)" if not size else ""
+        raise ValueError(f"{broken}{cut}, but {kind}")
+    if size < 8 + length and (kind or size <= 8):
+        raise ValueError(f"{broken}: truncated inside its header, {size} bytes on disk: "
+                         "download or write it again")
+    try:
+        header = json.loads(text)
+        metadata, entries = dict(header.pop("__metadata__", {})), {}
+        for name, info in header.items():
+            start, end = info["data_offsets"]
+            shape = tuple(map(operator.index, info["shape"]))
+            entries[name] = _Entry(file, info["dtype"], shape, 8 + length + start, end - start)
+            dtype = _TYPES.get(info["dtype"])
+            fits = not dtype or math.prod(shape) * dtype.itemsize == end - start
+            if not fits or min(start, *shape, end - start) < 0:
+                raise ValueError(f"{name} {shape} from byte {start} to {end}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{broken}: its header is damaged ({error}); it is something else, or "
+                         "its download failed: download or write it again") from error
+    end = max((entry.start + entry.size for entry in entries.values()), default=8 + length)
+    if size < end:
+        raise ValueError(f"{broken}: truncated, its header says {end} bytes, the file has {size}, "
+                         f"{end - size} are missing: download or write it again")
+    if size > end:
+        raise ValueError(f"{broken}: its header says {end} bytes, the file has {size - end} more: "
+                         "download or write it again")
+    return metadata, entries
+
+
+def _attach_scales(entries: dict[str, _Entry], origin: Path) -> dict[str, _Entry]:
+    """Attach the factors of scaled fp8 to the weights that they multiply.
+
+    ComfyUI writes X.scale_weight beside X.weight, others X.weight_scale. The factors of
+    activations (scale_input) and the markers (scaled_fp8) change no weight.
+    """
+    entries = dict(entries)
+    for name in list(entries):
+        module, dot, kind = name.rpartition(".")
+        weight = f"{module}{dot}weight"
+        if kind in ("scale_weight", "weight_scale") and weight in entries:
+            scale = entries.pop(name)
+            count, rows = math.prod(scale.shape), entries[weight].shape[:1]
+            if count != 1 and (count,) != rows:
+                raise ValueError(f"{origin}: {name} {scale.shape}, expected one factor or one for "
+                                 f"each row of {weight} {entries[weight].shape}")
+            entries[weight] = entries[weight]._replace(scale=scale)
+        elif kind in ("scale_input", "input_scale", "scaled_fp8", "comfy_quant"):
+            del entries[name]
+    return entries
+
+
 class Source(typing.NamedTuple):
     """Origin of one tensor of a model.
 
@@ -142,15 +339,18 @@ class Source(typing.NamedTuple):
 
 
 class Checkpoint:
-    """The tensors of a checkpoint by name, each read on request.
+    """The tensors of a checkpoint by name, each read on request. No file stays open.
 
-    path:       a .safetensors file; or a folder with *.safetensors.index.json and its shards;
-                or a folder with one .safetensors file
+    path:       a .safetensors file; or a folder with one; or a folder with
+                *.safetensors.index.json and its shards; or that index. Of several variants
+                (x.fp16.safetensors beside x.safetensors) the full one is taken.
     subfolders: names tried below a folder, so that the root of a released repository works as well
                 ("transformer", "vae")
     wanted:     prefixes of the names to open in a sharded checkpoint; other shards may be absent
     config:     config.json beside the weights, else the "config" entry of the file's metadata,
-                else {}
+                else {}. A file that is given itself has the former only under a name by which
+                diffusers and transformers keep the two together.
+    Scaled fp8 weights are multiplied by their factors.
     Raises ValueError naming the file for anything that is missing or unreadable.
     """
 
@@ -160,34 +360,49 @@ class Checkpoint:
         for name in subfolders:
             if (self.path / name).is_dir():
                 self.path = self.path / name
-        self._handles = {}                                       # name -> (open file, name in it)
+        self._entries: dict[str, _Entry] = {}
         self.metadata: dict[str, str] = {}
         for file, expected in self._files(tuple(wanted)).items():
-            handle = self._open(file)
-            self.metadata |= handle.metadata() or {}
-            names = list(handle.keys())
-            if absent := set(expected or ()) - set(names):
+            metadata, entries = _read_header(file)
+            self.metadata |= metadata
+            if absent := set(expected or ()) - set(entries):
                 raise ValueError(f"{file}: the index puts {sorted(absent)[0]!r} here, "
                                  "but it is not in this shard")
-            self._handles |= {name: (handle, name) for name in (expected or names)}
+            self._entries |= {name: entries[name] for name in (expected or entries)}
+        self._entries = _attach_scales(self._entries, self.path)
         self.config = self._read_config()
 
     def _files(self, wanted: tuple[str, ...]) -> dict[Path, list[str] | None]:
         """The files to open, each with the names that the index expects in it (None: no index)."""
-        if self.path.is_file():
-            return {self.path: None}
+        if self.path.is_file() or self.path.is_symlink() and not self.path.exists():
+            return self._shards(self.path, wanted) if _is_index(self.path) else {self.path: None}
         if not self.path.is_dir():
-            raise ValueError(f"{self.path}: no such file or folder; "
-                             "expected a .safetensors file or a folder that holds one")
-        indexes = sorted(self.path.glob("*.safetensors.index.json"))
-        files = sorted(self.path.glob("*.safetensors"))
-        if len(indexes) == 1:
-            return self._shards(indexes[0], wanted)
-        if len(files) != 1:
-            raise ValueError(f"{self.path}: found {len(files)} .safetensors files and "
-                             f"{len(indexes)} indexes, expected one file or one index with its "
-                             "shards; give the path of the file itself")
-        return {files[0]: None}
+            raise ValueError(f"{self.path}: no such file or folder; expected a .safetensors file "
+                             "or a folder that holds one (nothing is downloaded)")
+        # A Mac writes a hidden ._x beside every x.
+        visible = sorted(f for f in self.path.iterdir() if not f.name.startswith("."))
+        indexes = [file for file in visible if _is_index(file)]
+        files = [file for file in visible if file.suffix == ".safetensors"]
+        candidates = indexes + [f for f in files if not re.search(r"-\d+-of-\d+\.", f.name)]
+        full = [file for file in candidates if not _VARIANT.search(file.name)] or candidates
+        chosen = [file for file in full if file in indexes] or full
+        if len(chosen) == 1:
+            is_index = chosen[0] in indexes
+            return self._shards(chosen[0], wanted) if is_index else {chosen[0]: None}
+        raise ValueError(f"{self.path}: found {len(files)} .safetensors files and {len(indexes)} "
+                         "indexes, expected one file or one index with its shards; give the path "
+                         f"of the file itself{self._hint(visible, indexes + files)}")
+
+    def _hint(self, visible: list[Path], candidates: list[Path]) -> str:
+        """What a folder without one clear checkpoint holds, for an error message."""
+        if candidates:
+            return ": " + ", ".join(file.name for file in candidates[:8])
+        for file in visible:
+            if file.name.endswith(_OTHER_WEIGHTS) and file.is_file():
+                return f"; {file.name} is {identify(file) or 'no safetensors file'}"
+        found = (f for depth in range(1, 4) for f in self.path.glob("*/" * depth + "*.safetensors"))
+        folders = sorted({str(file.parent.relative_to(self.path)) for file in found})
+        return f"; there are some in {', '.join(folders[:8])}" if folders else ""
 
     def _shards(self, index: Path, wanted: tuple[str, ...]) -> dict[Path, list[str]]:
         weight_map = read_json(index.read_bytes(), str(index)).get("weight_map")
@@ -198,7 +413,7 @@ class Checkpoint:
         shards = {}
         for name, file in weight_map.items():
             if name.startswith(wanted):
-                shards.setdefault(self.path / file, []).append(name)
+                shards.setdefault(index.parent / file, []).append(name)
         if not shards:
             raise ValueError(
                 f"{index}: no tensor in its 'weight_map' starts with {' or '.join(wanted)}")
@@ -207,17 +422,12 @@ class Checkpoint:
                              "download it again")
         return shards
 
-    @staticmethod
-    def _open(file: Path):
-        try:
-            return safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a whole safetensors file ({error}; "
-                             f"{file.stat().st_size} bytes on disk); it may be truncated: "
-                             "download or write it again") from error
-
     def _read_config(self) -> dict:
-        beside = self.path / "config.json"
+        folder = self.path
+        if folder.is_file():
+            keeps_both = re.match(r"(diffusion_pytorch_)?model[.-]", folder.name)
+            folder = folder.parent if keeps_both and "config" not in self.metadata else folder
+        beside = folder / "config.json"
         if beside.is_file():
             return read_json(beside.read_bytes(), str(beside))
         if "config" in self.metadata:
@@ -228,39 +438,68 @@ class Checkpoint:
     def under(self, *prefixes: str) -> "Checkpoint":
         """The part below the first prefix that occurs, its names without the prefix; else all."""
         for prefix in prefixes:
-            part = {name.removeprefix(prefix): handle for name, handle in self._handles.items()
+            part = {name.removeprefix(prefix): entry for name, entry in self._entries.items()
                     if name.startswith(prefix)}
             if part:
                 view = copy.copy(self)
-                view._handles = part
+                view._entries = part
                 return view
         return self
 
     def __contains__(self, name: str) -> bool:
-        return name in self._handles
+        return name in self._entries
 
     def names(self) -> list[str]:
-        return list(self._handles)
+        return list(self._entries)
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def matches(self, pattern: str) -> bool:
+        """Whether a regular expression occurs in a name."""
+        return any(re.search(pattern, name) for name in self._entries)
+
+    def foreign(self) -> str:
+        """Say what it is by its names, if no model of this project reads it; else ""."""
+        return next((text for pattern, text in _FOREIGN if self.matches(pattern)), "")
+
+    def unlike(self, expected: str, complaint: str) -> ValueError:
+        """The error for a file in no layout of the `expected` model: what it is, if names show it.
+
+        complaint: is said of a file whose names show nothing
+        """
+        known = (text for pattern, text in _KNOWN if self.matches(pattern))
+        if kind := self.foreign():
+            return ValueError(f"{self.path}: this is {kind}")
+        if kind := next(known, ""):
+            return ValueError(f"{self.path}: this is {kind}, expected {expected}")
+        found = ", ".join(self.names()[:4]) or "no tensor"
+        return ValueError(f"{self.path}: {complaint}, found {found}")
+
+    def _entry(self, name: str) -> _Entry:
         if name not in self:
+            if kind := self.foreign():
+                raise ValueError(f"{self.path}: this is {kind}")
             raise ValueError(f"{self.path}: no tensor {name!r}; "
                              f"the file starts with {', '.join(self.names()[:4])}")
-        handle, full_name = self._handles[name]
-        return tuple(handle.get_slice(full_name).get_shape())
+        return self._entries[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> str:
+        """The type of a tensor as safetensors writes it: F32, BF16, I64, ..."""
+        return self._entry(name).dtype
 
     def read(self, name: str, dtype: torch.dtype = torch.float32,
              device: str | torch.device = "cpu") -> Tensor:
         """Read one tensor and convert it to `dtype`; the meta device reads only the shape."""
         if str(device) == "meta":
             return torch.empty(self.shape(name), dtype=dtype, device="meta")
-        handle, full_name = self._handles[name]
-        return handle.get_tensor(full_name).to(device=device, dtype=dtype)
+        # The type first: Apple's GPUs have neither float64 nor fp8.
+        return self._entry(name).read().to(dtype).to(device)
 
     def count(self, pattern: str) -> int:
         """Count the blocks of a stack: pattern.format(0), pattern.format(1), ... begin names."""
         depth = 0
-        while any(name.startswith(pattern.format(depth)) for name in self._handles):
+        while any(name.startswith(pattern.format(depth)) for name in self._entries):
             depth += 1
         return depth
 
@@ -278,18 +517,23 @@ def _misfit(name: str, target: Tensor, source: Source, checkpoint: Checkpoint) -
     if combined != target.shape:
         listed = ", ".join(f"{n} {shape}" for n, shape in zip(source.names, shapes))
         return f"wrong shape: {listed}, expected {tuple(target.shape)} for {name}"
+    if integers := [n for n in source.names if not checkpoint.dtype(n).startswith(("F", "BF"))]:
+        return f"wrong type: {integers[0]} {checkpoint.dtype(integers[0])}, expected floats"
     return ""
 
 
 def load(module: nn.Module, checkpoint: Checkpoint, sources: Mapping[str, Source],
          initialise: Callable[[str, Tensor], None] | None = None,
-         dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
+         dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+         ignored: tuple[str, ...] = ()) -> nn.Module:
     """Fill every parameter and buffer of `module`, built on the meta device, from `checkpoint`.
 
     sources:    own name -> Source
     initialise: initialise(name, tensor) fills each tensor of the module that has no source
+    ignored:    prefixes of further names that may be in the file
     Raises ValueError listing all tensors that are missing, superfluous or wrongly shaped, before
-    any weights are read.
+    any weights are read; or naming the model that the file holds in place of the expected one; or
+    a tensor that is not finite.
     """
     own, used, problems = module.state_dict(), set(), []
     for name, target in own.items():
@@ -300,9 +544,11 @@ def load(module: nn.Module, checkpoint: Checkpoint, sources: Mapping[str, Source
         elif initialise is None:
             problems.append(f"missing: nothing in the file for {name} {tuple(target.shape)}")
     for name in checkpoint.names():
-        if name not in used and not name.startswith(tuple(UNUSED)):
+        if name not in used and not name.startswith((*UNUSED, *ignored)):
             problems.append(f"superfluous: {name} {checkpoint.shape(name)}")
     if problems:
+        if kind := checkpoint.foreign():
+            raise ValueError(f"{checkpoint.path}: this is {kind}")
         shown = problems[:12]
         if len(problems) > 12:
             shown.append(f"and {len(problems) - 12} more")
@@ -316,7 +562,11 @@ def load(module: nn.Module, checkpoint: Checkpoint, sources: Mapping[str, Source
             # Sums and products are formed in float32 and rounded once.
             read_dtype = dtype if combine is _concatenate else torch.float32
             parts = [checkpoint.read(n, read_dtype, device) for n in names]
-            tensors[name] = combine(*parts).to(dtype).contiguous()
+            tensor = tensors[name] = combine(*parts).to(dtype).contiguous()
+            # A sum is finite only if all terms are, and needs no memory.
+            if not tensor.is_meta and not tensor.sum(dtype=torch.float32).isfinite():
+                raise ValueError(f"{checkpoint.path}: {' or '.join(names)} holds NaN or infinity: "
+                                 "download or write it again")
         else:
             tensors[name] = torch.empty(target.shape, dtype=dtype, device=device)
             initialise(name, tensors[name])
@@ -330,21 +580,32 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """Write a file whole or not at all: a kill at any moment leaves the old file or the new one.
 
     write: writes the content to the temporary path that it is called with
+    Raises OSError naming the file if it cannot be written; nothing temporary stays.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:                     # Windows syncs no read-only file
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        failure = OSError(f"{path}: cannot be written ({reason}); the old file stays as it was")
+        number = re.search(r"os error (\d+)", str(error))        # safetensors' own words
+        failure.errno = int(number[1]) if number else getattr(error, "errno", None)
+        raise failure from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], config=None, **metadata: str) -> None:
-    """Write tensors atomically, with a configuration (a dataclass) as JSON in the metadata."""
+    """Write tensors atomically, with a configuration (a dataclass) as JSON in the metadata.
+
+    Raises OSError naming the file if it cannot be written, as on a full disk.
+    """
     if config is not None:
         metadata["config"] = json.dumps(dataclasses.asdict(config))
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -354,7 +615,10 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], config=None, **metadat
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3) or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    listed = Checkpoint(sys.argv[1]).under(*sys.argv[2:])
+    try:
+        listed = Checkpoint(sys.argv[1]).under(*sys.argv[2:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     for tensor_name in listed.names():
         print(f"{tensor_name:80} {list(listed.shape(tensor_name))}")
     configuration = listed.config or "none, it is inferred from the shapes"

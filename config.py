@@ -8,12 +8,15 @@ Run alone to see a preset as JSON:   python config.py [PRESET]
 import argparse
 import dataclasses
 import json
+import math
+import os
+import re
 import sys
 import typing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from checkpoint import make_config, option, read_json, write_atomically
+from checkpoint import check_ranges, make_config, option, read_json, write_atomically
 from data import parse_weights
 from model import MMDiTConfig
 from text_encoder import T5Config
@@ -25,17 +28,24 @@ from vae import VAEConfig
 @dataclass(frozen=True)
 class SampleSettings:
     """Sizes a model is trained for, and how it is sampled; the defaults fit the released model."""
-    image_size: int = option(512, "side of an image, in pixels")
-    text_length: int = option(256, "tokens of a prompt, or of a question with its answer")
+    image_size: int = option(512, "side of an image, in pixels", least=1)
+    text_length: int = option(
+        256, "tokens of a prompt, or of a question with its answer", least=2)
     prompt_multiple: int = option(
-        0, "pad prompts about source pictures to a multiple of this many tokens; 0: to text_length")
+        0, "pad prompts about source pictures to a multiple of this many tokens; 0: to text_length",
+        least=0)
     padding_id: int = option(
-        1, "token that pads a text: 1 (</s>) for dual checkpoints, 0 for plain SD3")
-    steps: int = option(28, "Euler steps per image")
-    guidance: float = option(7.0, "weight of the prompt; 1: none, and half the work")
-    image_guidance: float = option(1.0, "weight of the source pictures; 1: none, and less work")
-    shift: float = option(3.0, "shift of the noise levels: above 1, more steps at high noise")
-    text_steps: int = option(64, "steps per text")
+        1, "token that pads a text: 1 (</s>) for dual checkpoints, 0 for plain SD3",
+        least=0, most=1)
+    steps: int = option(28, "Euler steps per image", least=1)
+    guidance: float = option(
+        7.0, "weight of the prompt; 1: none, and half the work", least=0, below=math.inf)
+    image_guidance: float = option(
+        1.0, "weight of the source pictures; 1: none, and less work", least=0, below=math.inf)
+    shift: float = option(
+        3.0, "shift of the noise levels: above 1, more steps at high noise",
+        above=0, below=math.inf)
+    text_steps: int = option(64, "steps per text", least=1)
     perception_prompt: str = option(
         "draw the {kind} of the picture", "instruction for a map; {kind} is edges, depth or pose")
 
@@ -65,38 +75,50 @@ class TrainConfig:
     vae: VAEConfig = field(default_factory=VAEConfig)
     text_encoder: T5Config = field(default_factory=T5Config)
     sampling: SampleSettings = SampleSettings()
-    train_scenes: int = option(0, "training scenes of the shapes world")
-    test_scenes: int = option(0, "held-out scenes, all scored at the end")
-    vae_steps: int = option(0, "training steps of the tiny autoencoder")
-    teacher_steps: int = option(0, "training steps of the small teacher")
+    train_scenes: int = option(0, "training scenes of the shapes world", least=0)
+    test_scenes: int = option(0, "held-out scenes, all scored at the end", least=0)
+    vae_steps: int = option(0, "training steps of the tiny autoencoder", least=0)
+    teacher_steps: int = option(0, "training steps of the small teacher", least=0)
     # optimization
-    steps: int = option(80_000, "optimizer steps")
-    batch_size: int = option(8, "examples per rank and micro batch; each pair serves both branches")
-    accumulation: int = option(4, "micro batches per step")
-    lr: float = option(3e-5, "learning rate of AdamW")
-    muon_lr: float = option(0.0, "learning rate of Muon for the blocks' matrices; 0: AdamW for all")
-    muon_every: int = option(1, "update matrices every N steps, with N times the step size")
-    weight_decay: float = option(0.01, "weight decay of AdamW")
-    beta2: float = option(0.999, "second beta of AdamW")
-    warmup: int = option(1000, "steps of linear warm-up")
+    steps: int = option(80_000, "optimizer steps", least=1)
+    batch_size: int = option(
+        8, "examples per rank and micro batch; each pair serves both branches", least=1)
+    accumulation: int = option(4, "micro batches per step", least=1)
+    lr: float = option(3e-5, "learning rate of AdamW", above=0, below=math.inf)
+    muon_lr: float = option(
+        0.0, "learning rate of Muon for the blocks' matrices; 0: AdamW for all",
+        least=0, below=math.inf)
+    muon_every: int = option(
+        1, "update matrices every N steps, with N times the step size", least=1)
+    weight_decay: float = option(0.01, "weight decay of AdamW", least=0, below=math.inf)
+    beta2: float = option(0.999, "second beta of AdamW", least=0, below=1)
+    warmup: int = option(1000, "steps of linear warm-up", least=0)
     decay: bool = option(False, "linear decay to zero at the end; false: constant")
-    clip: float = option(2.0, "largest norm of the mean gradient")
-    ema: float = option(0.9995, "decay of the averaged weights, per step")
-    ema_every: int = option(1, "update the averaged weights every N steps, with N steps' decay")
+    clip: float = option(2.0, "largest norm of the mean gradient", above=0)
+    ema: float = option(0.9995, "decay of the averaged weights, per step", least=0, below=1)
+    ema_every: int = option(
+        1, "update the averaged weights every N steps, with N steps' decay", least=1)
     # objective
     sigma_mean: float = option(
-        0.0, "mean of logit(sigma), whose deviation is 1; above 0: noisier images")
-    prompt_dropout: float = option(0.1, "share of empty prompts in the image branch, for guidance")
-    text_weight: float = option(0.2, "weight of equation (2) in equation (5)")
+        0.0, "mean of logit(sigma), whose deviation is 1; above 0: noisier images",
+        above=-math.inf, below=math.inf)
+    prompt_dropout: float = option(
+        0.1, "share of empty prompts in the image branch, for guidance", least=0, most=1)
+    text_weight: float = option(
+        0.2, "weight of equation (2) in equation (5)", least=0, below=math.inf)
     answer_weight: float = option(
-        0.2, "the same for questions, whose few answer tokens are averaged over all positions")
-    cross_weight: float = option(0.05, "weight of equation (3) in equation (5)")
-    cross_temperature: float = option(0.07, "temperature of equation (3)")
+        0.2, "the same for questions, whose few answer tokens are averaged over all positions",
+        least=0, below=math.inf)
+    cross_weight: float = option(
+        0.05, "weight of equation (3) in equation (5)", least=0, below=math.inf)
+    cross_temperature: float = option(0.07, "temperature of equation (3)", above=0)
     cross_unseen: bool = option(
         False, "contrast streams that have not seen the other side, in two more passes: the image "
         "with an empty text, the caption without an image")
-    intrinsic_weight: float = option(0.1, "weight of equation (4) in equation (5)")
-    align_depth: int = option(8, "block after which equation (4) reads both streams, from 1")
+    intrinsic_weight: float = option(
+        0.1, "weight of equation (4) in equation (5)", least=0, below=math.inf)
+    align_depth: int = option(
+        8, "block after which equation (4) reads both streams, from 1", least=1)
     released_loss: bool = option(False, "released form of equation (1): sigma^2 times the paper's")
     # machine
     autocast: bool = option(True, "bfloat16 matrix products with float32 weights")
@@ -104,9 +126,16 @@ class TrainConfig:
         False, "recompute blocks in the backward pass: less memory, a quarter slower")
     cache_latents: bool = option(
         False, "encode every picture once at the start and keep the mean latents in memory")
-    workers: int = option(4, "processes that load pictures")
-    log_every: int = option(20, "steps per line of metrics.jsonl")
-    save_every: int = option(1000, "steps per checkpoint; only the newest is kept")
+    workers: int = option(4, "processes that load pictures", least=0)
+    max_skipped: float = option(
+        0.01, "end the run when more than this share of the records could not be used (one always "
+        "may); 0: at the first one", least=0, most=1)
+    teacher_online: str = option(
+        "auto", "true: run the teacher in every step; false: compute its features once and cache "
+        "them; auto: true above 200000 pairs")
+    log_every: int = option(20, "steps per line of metrics.jsonl", least=1)
+    save_every: int = option(1000, "steps per checkpoint; only the newest is kept", least=1)
+    new_data: bool = option(False, "with --resume: go on though the data has changed")
     keep: tuple[int, ...] = option(
         (), "steps whose averaged weights are kept for good, as kept-*.safetensors")
 
@@ -169,6 +198,7 @@ class RunFiles:
         self.folder = run = Path(folder)
         self.config = run / "run.json"                          # the run's TrainConfig
         self.metrics = run / "metrics.jsonl"                    # losses
+        self.skipped = run / "skipped.jsonl"                    # records that could not be used
         self.seconds = run / "seconds.json"                     # duration of each phase
         self.world = run / "data"                               # train.jsonl, test.jsonl, images/
         self.tokenizer = run / "tokenizer.model"
@@ -183,15 +213,21 @@ class RunFiles:
         return self.folder / f"checkpoint-{step:08d}"
 
     def checkpoints(self) -> list[Path]:
-        """All whole checkpoints, oldest first; a folder gets its name only when it is complete."""
-        return sorted(self.folder.glob("checkpoint-*"))
+        """All whole checkpoints, oldest first: checkpoint- and a number. All else is the user's.
+
+        A folder gets such a name only when it is complete.
+        """
+        folders = self.folder.glob("checkpoint-*")
+        ours = [f for f in folders if re.fullmatch("checkpoint-[0-9]+", f.name) and f.is_dir()]
+        return sorted(ours, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
 
     def newest_checkpoint(self) -> Path | None:
-        return max(self.checkpoints(), default=None)
+        return (self.checkpoints() or [None])[-1]
 
     def averaged_weights(self) -> Path | None:
         """The averaged weights of the newest checkpoint, which are those to sample from."""
-        return max(self.folder.glob("checkpoint-*/ema.safetensors"), default=None)
+        files = [folder / "ema.safetensors" for folder in self.checkpoints()]
+        return ([file for file in files if file.is_file()] or [None])[-1]
 
     def kept(self, step: int) -> Path:
         """Averaged weights that `keep` names."""
@@ -230,6 +266,30 @@ def parts_of(config: TrainConfig, run: Path) -> Parts:
         teacher=Path(config.teacher_path or files.teacher))
 
 
+# fields that hold paths, `data` perhaps several
+PATHS = ("data", "init", "vae_path", "t5_path", "tokenizer_path", "teacher_path", "mask_token")
+
+
+def _map_paths(config: TrainConfig, change: typing.Callable[[str], str]) -> TrainConfig:
+    """Apply `change` to every path of a configuration."""
+    values = {name: getattr(config, name).split(",") for name in PATHS}
+    changed = {name: ",".join(change(path) if path else "" for path in paths)
+               for name, paths in values.items()}
+    return replace(config, **changed)
+
+
+def write_config(config: TrainConfig, run: Path) -> None:
+    """Write the run.json of a run, whose folder is made.
+
+    Paths are absolute, `out` too. So the run can be used from any folder, and `read_config` finds
+    parts that were moved together with the run.
+    """
+    values = dataclasses.asdict(_map_paths(config, os.path.abspath))
+    values |= {"out": os.path.abspath(run), "new_data": False}          # said anew each time
+    text = json.dumps(values, indent=2) + "\n"
+    write_atomically(RunFiles(run).config, lambda file: file.write_text(text))
+
+
 def read_config(file: Path) -> TrainConfig:
     """Read a run.json. Raises ValueError that names the file and the field."""
     values = read_json(file.read_bytes(), str(file))
@@ -238,13 +298,15 @@ def read_config(file: Path) -> TrainConfig:
     for name, hint in typing.get_type_hints(TrainConfig).items():
         if dataclasses.is_dataclass(hint) and name in values:
             values[name] = make_config(hint, values[name], str(file))
-    return make_config(TrainConfig, values, str(file))
+    config = make_config(TrainConfig, values, str(file))
 
+    def find(path: str) -> str:
+        if Path(path).exists() or not os.path.isabs(config.out):        # relative: an older run
+            return path
+        moved = file.parent / os.path.relpath(path, config.out)     # the same way from the run
+        return os.path.abspath(moved) if moved.exists() else path
 
-def write_config(config: TrainConfig, run: Path) -> None:
-    """Write the run.json of a run, whose folder is made."""
-    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    write_atomically(RunFiles(run).config, lambda file: file.write_text(text))
+    return _map_paths(config, find)
 
 
 # ---------------------------------------------------------------- command line
@@ -292,6 +354,10 @@ def _override(default, values: dict[str, object], prefix: str = ""):
     return replace(default, **changes)
 
 
+# options that may change when a run is resumed
+RESUMABLE = ("steps", "batch_size", "accumulation", "workers", "max_skipped", "new_data")
+
+
 def _inherit(config: TrainConfig, given: typing.Collection[str]) -> TrainConfig:
     """Take frozen parts, sizes and shapes world from the run that --init names.
 
@@ -318,38 +384,59 @@ def _inherit(config: TrainConfig, given: typing.Collection[str]) -> TrainConfig:
 
 
 def _resume(config: TrainConfig, given: typing.Collection[str]) -> TrainConfig:
-    """Read the configuration of the run in --out. Raises ValueError without a run."""
+    """Read the configuration of the run in --out, with the few options that may change.
+
+    Raises ValueError without a run, and for an option that would make it another run.
+    """
     file = RunFiles(config.out).config
     if not file.is_file():
         raise ValueError(f"--resume: {config.out} holds no run (no run.json); "
                          "start one without --resume")
-    if others := sorted(set(given) - {"out"}):
+    if others := sorted(set(given) - {"out", *RESUMABLE}):
         raise ValueError(f"--resume takes the configuration from {file}; "
-                         f"remove --{', --'.join(others)}")
-    return replace(read_config(file), out=config.out)           # the folder may have moved
-
-
-def _check_numbers(config: TrainConfig) -> None:
-    for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "lr", "clip",
-                 "cross_temperature", "muon_every"):
-        if not getattr(config, name) > 0:                       # NaN is not above 0 either
-            raise ValueError(f"--{name} must be positive")
+                         f"remove --{', --'.join(others)}; only --{', --'.join(RESUMABLE)} may "
+                         "change")
+    changes = {name: getattr(config, name) for name in RESUMABLE if name in given}
+    return replace(read_config(file), out=config.out, **changes)        # the folder may have moved
 
 
 def _check_effect(config: TrainConfig, given: typing.Collection[str]) -> None:
-    """Raise ValueError for a size that the checkpoint beside it specifies already."""
+    """Raise ValueError for an option that has no effect beside another."""
     for path, group in (("init", "model."), ("vae_path", "vae."), ("t5_path", "text_encoder.")):
         # --init may lack alignment heads, whose widths are then free
         sizes = [n for n in given if n.startswith(group) and not n.startswith("model.align_")]
         if getattr(config, path) and sizes:
             raise ValueError(f"--{sizes[0]} has no effect beside --{path}: the checkpoint brings "
                              "its own configuration; remove one of them")
+    needs = {                               # option -> whether it has an effect, and the reason
+        "muon_every": (config.muon_lr, "--muon_lr 0: AdamW trains everything"),
+        "cross_temperature": (config.cross_weight, "--cross_weight 0"),
+        "cross_unseen": (config.cross_weight, "--cross_weight 0"),
+        "align_depth": (config.intrinsic_weight, "--intrinsic_weight 0"),
+        "teacher_online": (config.intrinsic_weight, "--intrinsic_weight 0"),
+        "mask_token": (config.t5_path or config.init, "a random T5; name one with --t5_path"),
+        "new_data": (False, "a new run; --resume is missing"),
+        "model.vocab_size": (config.init, "the tokenizer, which specifies it"),
+        "text_encoder.vocab_size": (False, "the tokenizer, which specifies it"),
+        "text_encoder.mask_id": (False, "the tokenizer, which specifies it")}
+    for name, (has_effect, reason) in needs.items():
+        if name in given and not has_effect:
+            raise ValueError(f"--{name} has no effect beside {reason}; remove it")
+
+
+def _check_values(config: TrainConfig) -> None:
+    """Raise ValueError for a value outside of its range."""
+    check_ranges(config)
+    parse_weights(config.weights)
+    if config.teacher_online not in ("auto", "true", "false"):
+        raise ValueError(f"--teacher_online {config.teacher_online}: expected auto, true or false")
+    if wrong := [step for step in config.keep if step < 1]:
+        raise ValueError(f"--keep {wrong[0]}: expected steps from 1")
 
 
 def _check_sources(config: TrainConfig) -> None:
     """Raise ValueError for a path that is not there, and for one that is needed and not given."""
-    paths = ("data", "init", "vae_path", "t5_path", "tokenizer_path", "teacher_path", "mask_token")
-    for name in paths:
+    for name in PATHS:
         for path in filter(None, getattr(config, name).split(",")):
             if not Path(path).exists():
                 raise ValueError(f"--{name} {path}: no such file or folder")
@@ -369,11 +456,16 @@ def _check_sources(config: TrainConfig) -> None:
 
 
 def _check_folder(out: str) -> None:
-    """Raise ValueError where --out holds a run with a checkpoint or data, which would be lost."""
+    """Raise ValueError where --out holds a run, or files of the user that a run would overwrite."""
     files = RunFiles(out)
     if files.config.exists() and (files.newest_checkpoint() or files.world.exists()):
         raise ValueError(f"{out} already holds a run; continue it with --resume, choose another "
                          "--out, or remove the folder")
+    ours = [path for path in vars(files).values() if path != files.folder] + files.checkpoints()
+    taken = [path for path in ours if path.exists()]
+    if taken and not files.config.exists():
+        raise ValueError(f"{taken[0]} exists, but {out} holds no run (no run.json), which would "
+                         "use or overwrite it; choose another --out")
 
 
 def parse_arguments(argv: list[str] | None = None, description: str = "") -> TrainConfig:
@@ -401,19 +493,23 @@ def parse_arguments(argv: list[str] | None = None, description: str = "") -> Tra
                         "on everything. Changes the defaults of --weights, --steps, --out and "
                         "--init (the run of the stage before). Without it: everything at once")
     p.add_argument("--resume", action="store_true",
-                   help="continue the run in --out with its own configuration")
+                   help="continue the run in --out with its own configuration; beside it --steps "
+                        "trains longer, and --batch_size and --accumulation keep the global batch "
+                        "on another number of ranks")
     _add_fields(p.add_argument_group("fields of the configuration"), TrainConfig, preset)
     values = vars(p.parse_args(argv))
     resume = values.pop("resume")
     given = {name: value for name, value in values.items() if name not in ("preset", "stage")}
     try:
         config = _override(preset, given)
+        config = replace(config, seed=config.seed % 2 ** 63)   # any integer is a seed
         if resume:
-            return _resume(config, given)
+            config = _resume(config, given)
+            _check_values(config)
+            return config
+        _check_values(config)
         _check_folder(config.out)
         _check_effect(config, given)
-        _check_numbers(config)
-        parse_weights(config.weights)
         config = _inherit(config, given)
         _check_sources(config)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Datasets in JSON lines, as the released code reads them: one parser, one dataset, one order.
+"""Datasets in JSON lines, as the released code reads them: formats, pictures, batches, their order.
 
 Tasks are defined by the data; adding one needs no code. What is trained with an example depends on
 what it has: a prompt to draw, source pictures, a caption, a question. A batch has one task and one
@@ -15,7 +15,9 @@ Four kinds of records, with image paths relative to the JSONL's folder, or absol
                       {"from": "human", "value": "<image>\\nQUESTION"},
                       {"from": "gpt", "value": ANSWER}, ...]}
 A composition without original images is text to image with a prompt that differs from the caption.
-A record may name its task ({"task": "edits", ...}), to be weighted and reported apart.
+One picture may be a string in place of a list, as LLaVA writes it. A turn may be the text alone;
+human and gpt take turns, human first. A record may name its task ({"task": "edits", ...}), to be
+weighted and reported apart. records.py parses them.
 
 Two words, in all files: an image is a float tensor (3, H, W) in [-1, 1]; a picture is an array
 (H, W, 3) of uint8, or the file that holds it.
@@ -23,139 +25,133 @@ Two words, in all files: an image is a float tensor (3, H, W) in [-1, 1]; a pict
 Run alone to check a file and count its tasks:   python data.py FILE.jsonl
 """
 import collections
+import functools
+import io
 import itertools
-import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from records import (Example, Kind, Records, examine, find_file, kind_of, open_records,
+                     read_jsonl)
 from text_encoder import T5Tokenizer
-
-
-class Example(NamedTuple):
-    """One training example, whatever its format was."""
-    task: str                       # the record's name, or text_to_image, image_to_image, questions
-    image: Path                     # the picture to generate, or the one that the text is about
-    sources: tuple[Path, ...]       # source pictures of editing and composition
-    prompt: str | None              # input of the image branch; None: no image is generated
-    question: str                   # asked of the text branch; empty: to describe the picture
-    caption: str                    # target of the text branch; empty: no text is generated
-
-
-# ---------------------------------------------------------------- records
-
-def _turn_texts(turns) -> list[str]:
-    """The texts of a conversation; a turn is a string or {"from": ..., "value": ...}."""
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f"'conversations' is {turns!r:.60}, expected a list of turns")
-    texts = [turn["value"] if isinstance(turn, dict) else turn for turn in turns]
-    return [text.replace("<image>", "").strip() for text in texts]
-
-
-def parse_record(record: dict, folder: Path) -> list[Example]:
-    """The examples of a record, one for each question. Raises KeyError or ValueError otherwise."""
-    task = record.get("task")
-    if not isinstance(task, str | None):
-        raise ValueError(f"'task' is {task!r:.60}, expected a name")
-    if "original_images" in record:
-        sources = tuple(folder / name for name in record["original_images"])
-        target = folder / record["generated_images"][0]
-        kind = "image_to_image" if sources else "text_to_image"
-        caption = record.get("caption", "").strip()
-        return [Example(task or kind, target, sources, record["edit_prompt"].strip(), "", caption)]
-
-    pictures = [folder / name for name in record["image"]]
-    texts = _turn_texts(record["conversations"])
-    if "instruction" in record:
-        if len(pictures) < 2:
-            raise ValueError(f"has an instruction and {len(pictures)} picture(s), expected sources "
-                             "and then the target")
-        *sources, target = pictures
-        instruction = record["instruction"].strip()
-        return [Example(
-            task or "image_to_image", target, tuple(sources), instruction, "", texts[0])]
-
-    if len(pictures) != 1:
-        raise ValueError(f"has {len(pictures)} pictures and no instruction, expected one picture")
-    [picture] = pictures
-    if len(texts) == 2 and not texts[1]:                        # the answer is "<image>"
-        return [Example(task or "text_to_image", picture, (), texts[0], "", texts[0])]
-    if len(texts) % 2 or not all(texts):
-        raise ValueError(f"has {len(texts)} turns, some perhaps empty; expected questions and "
-                         "answers in pairs")
-    pairs = zip(texts[::2], texts[1::2])
-    return [Example(task or "questions", picture, (), None, q, a) for q, a in pairs]
-
-
-def read_jsonl(path: str | Path) -> list[Example]:
-    """Read every example of a JSONL file.
-
-    Raises ValueError that names the line, if it is not JSON, has no known form or names a picture
-    that does not exist.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a JSONL file (formats: data.py)")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
-    examples: list[Example] = []
-    exists: dict[Path, bool] = {}                               # each picture is looked up once
-    for number, line in enumerate(text.split("\n"), start=1):   # captions may hold other separators
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            parsed = parse_record(json.loads(line), path.parent)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not valid JSON ({error})") from error
-        except KeyError as error:
-            raise ValueError(f"{where}: the key {error} is missing; formats: data.py") from error
-        except (ValueError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{where}: {error}; formats: data.py") from error
-        for picture in {p for e in parsed for p in (e.image, *e.sources)}:
-            if not exists.setdefault(picture, picture.is_file()):
-                raise ValueError(f"{where}: no such picture: {picture}")
-        examples += parsed
-    if not examples:
-        raise ValueError(f"{path}: no records; expected one JSON object per line")
-    return examples
 
 
 # ---------------------------------------------------------------- pictures and images
 
-def load_image(path: str | Path, size: int) -> Tensor:
-    """Load a picture as an image (3, size, size) float32 in [-1, 1].
+# tags of TIFF and EXIF
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274
+_WHITE_IS_ZERO = 0                                              # a value of _PHOTOMETRIC
+# EXIF orientation -> the transposition that shows the picture upright
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
-    Honours the EXIF orientation, lays alpha on white, resizes the short side to `size` (bicubic)
-    and crops the centre. Raises ValueError that names the file, if it cannot be read.
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Scale a grey picture of 16 or 32 bits or of floats to 8 bits; others are returned as given.
+
+    Raises ValueError if its range is unknown.
+    """
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    values = np.asarray(picture).astype(np.float64)                                 # (H, W)
+    low, high = values.min(), values.max()
+    tags = getattr(picture, "tag_v2", {})                       # of a TIFF
+    [bits] = tags.get(_BITS_PER_SAMPLE, (16,))
+    white = {"F": 1.0, "I": 2 ** 16 - 1}.get(picture.mode, 2 ** bits - 1)
+    if not 0 <= low <= high <= white:
+        raise ValueError(f"the values are {low:g} to {high:g}, expected 0 to {white:g}")
+    if bits == 32 and picture.mode == "I" and high < 256:
+        raise ValueError(f"the values are {low:g} to {high:g} of 32 bits: 8 bits or 16 bits?")
+    shares = values / white
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        shares = 1 - shares
+    grey = Image.fromarray((shares * 255).round().astype(np.uint8))
+    key = picture.info.get("transparency")                      # the grey value that is invisible
+    if isinstance(key, int):
+        grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert opaque colours to RGB, by the colour profile if it is whole and fits the colours."""
+    if picture.mode not in ("L", "CMYK", "LAB"):
+        picture = picture.convert("RGB")
+    try:
+        if picture.mode == "LAB":
+            source = ImageCms.createProfile("LAB")
+        elif profile:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if source.profile.xcolor_space == "RGB " and picture.mode == "L":
+                picture = picture.convert("RGB")
+        else:
+            return picture.convert("RGB")
+        return ImageCms.profileToProfile(
+            picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):                      # as if it had none
+        return picture.convert("RGB")
+
+
+def _opaque_srgb(file: Image.Image) -> Image.Image:
+    """The RGB picture of a file, on white, as it is stored."""
+    picture = _eight_bits(file)
+    profile = file.info.get("icc_profile")
+    if not picture.has_transparency_data:
+        return _to_srgb(picture, profile)
+    grey = picture.mode == "LA"
+    picture = picture.convert("RGBA")
+    alpha = picture.getchannel("A")
+    colors = _to_srgb(picture.convert("L" if grey else "RGB"), profile)
+    return Image.composite(colors, Image.new("RGB", picture.size, "white"), alpha)
+
+
+def load_picture(path: str | Path) -> Image.Image:
+    """Load a picture in sRGB, upright, on white: mode RGB, in its own size.
+
+    A colour profile is converted to sRGB; a broken one is ignored, as is broken EXIF. Grey of more
+    than 8 bits is scaled where its range is known: 16 bits, floats in [0, 1].
+    Raises ValueError that names the file, if it cannot be read or its range is unknown.
     """
     try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I"):        # 16 bits of grey: convert() cuts, so scale here
-                values = np.asarray(picture).astype(np.int64)
-                picture = Image.fromarray((values >> 8).astype(np.uint8))
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            picture = picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
+        with Image.open(find_file(path)) as file:
+            file.load()
+            picture = _opaque_srgb(file)
+            try:
+                orientation = file.getexif().get(_ORIENTATION)
+            except Exception:                                   # the pixels are whole
+                orientation = None
+    except Exception as error:              # Pillow raises almost every kind for a broken file
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path}: cannot be read as a picture ({reason})") from error
+    upright = _UPRIGHT.get(orientation)
+    return picture if upright is None else picture.transpose(upright)
+
+
+def load_square(path: str | Path, size: int) -> np.ndarray:
+    """Load a picture (`load_picture`) as an array (size, size, 3) of uint8.
+
+    Resizes the short side to `size` (bicubic) and crops the centre. Raises ValueError that names
+    the file, if it cannot be read.
+    """
+    picture = load_picture(path)
     if picture.size != (size, size):
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)                   # (3, S, S)
-    return pixels.float() / 127.5 - 1
+    return np.array(picture)                                                        # (S, S, 3)
+
+
+def load_image(path: str | Path, size: int) -> Tensor:
+    """Load a picture (`load_square`) as an image (3, size, size) float32 in [-1, 1]."""
+    return to_images([load_square(path, size)])[0]
 
 
 def to_pictures(images: Tensor) -> np.ndarray:
@@ -168,6 +164,12 @@ def to_images(pictures: Sequence[np.ndarray]) -> Tensor:
     """Pictures (H, W, 3) uint8 -> images (n, 3, H, W) float32 in [-1, 1]."""
     pixels = torch.from_numpy(np.stack(pictures))                                   # (n, H, W, 3)
     return (pixels.float() / 127.5 - 1).permute(0, 3, 1, 2)                         # (n, 3, H, W)
+
+
+def _contiguous_images(pictures: Sequence[np.ndarray]) -> Tensor:
+    """`to_images`, contiguous and with one copy: more would bloat the heap of a loader process."""
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)               # (n, 3, H, W)
+    return pixels.float(memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
 # ---------------------------------------------------------------- lengths and weights
@@ -213,6 +215,8 @@ def weight_of(weights: dict[str, float], task: str) -> float:
 
 # ---------------------------------------------------------------- batches
 
+_ATTEMPTS = 100                     # records tried in place of one that cannot be used
+
 class Batch(NamedTuple):
     """Examples of one task with equally many (R) source pictures, and what is trained with them."""
     task: str
@@ -222,6 +226,9 @@ class Batch(NamedTuple):
     tokens: Tensor | None           # (B, L) ids of question and answer; None: no text branch
     answer: Tensor | None           # (B, L) bool, the positions of the answer
     features: tuple[Tensor, Tensor] | None      # (B, d) each, of the teacher: image, caption
+    captions: tuple[str, ...] = ()  # (B) targets of the text branch; (): no text branch
+    records: tuple[str, ...] = ()   # (B) where each example is from: file and line
+    skipped: tuple[tuple[str, str], ...] = ()   # (file and line, reason) of replaced examples
 
     def to(self, device: torch.device) -> "Batch":
         def move(x):
@@ -231,115 +238,201 @@ class Batch(NamedTuple):
         return Batch(*(move(x) for x in self))
 
 
-class Group(NamedTuple):
-    """Examples that share batches."""
-    task: str
-    indices: list[int]
-    weight: float                   # share of the batches, relative to the other groups'
-
-
 class BatchKey(NamedTuple):
     """Examples with equal keys can share a batch; keys sort the groups."""
     task: str
     sources: int
     no_prompt: bool
-    writes: bool
-    length: int
+    writes: bool                    # trains the text branch
+    length: int                     # of the prompts
+
+
+class Group(NamedTuple):
+    """Examples that share batches."""
+    task: str
+    indices: Sequence[int]          # an array, if there are many
+    weight: float                   # share of the batches, relative to the other groups'
+
+
+def _columns(examples: list[Example], tokenizer: T5Tokenizer,
+             length: int) -> tuple[list[Kind], np.ndarray, np.ndarray]:
+    """`Records.columns` of a plain list. Raises ValueError for a text that cannot be trained."""
+    kinds: dict[Kind, int] = {}
+    codes, tokens = [], []
+    for e in examples:
+        texts = examine(e, tokenizer, length)
+        if texts.problem:
+            raise ValueError(texts.problem)
+        codes.append(kinds.setdefault(kind_of(e), len(kinds)))
+        tokens.append(texts.tokens)
+    return list(kinds), np.array(codes, np.int32), np.array(tokens, np.int32)
 
 
 class Tasks(Dataset):
     """Examples of any tasks, in groups that share batches (`BatchKey`).
 
+    records: `Records`, or a list of examples. Those of weight 0 are left out; indices count the
+    others, which `records` then holds.
     weights: of the tasks' batches; the groups of a task share its weight by their sizes.
     captioned: tasks whose captions train the text branch besides questions (`*`: all).
-    Set `latents` (a row for each of `paths`) to have them returned in place of images, so that each
-    picture is encoded only once. Set `features` to the teacher's, a row for each of `aligned`.
-    Raises ValueError for unknown tasks and for texts that hold the mask token.
+    latents: set it (a row for each of `paths`) to have latents returned in place of images, so that
+    each picture is encoded only once; `unreadable` then names pictures that have none.
+    features: set it to a function that returns the teacher's features of aligned examples, (B, d)
+    of images and of captions.
+    Raises ValueError for unknown tasks and, in a list, for texts that cannot be trained.
     """
 
-    def __init__(self, examples: list[Example], tokenizer: T5Tokenizer, image_size: int,
+    def __init__(self, records: Records | list[Example], tokenizer: T5Tokenizer, image_size: int,
                  text_length: int, weights: str = "*=1", captioned: str = "*",
                  prompt_multiple: int = 0):
-        tasks = {e.task for e in examples}
+        self.tokenizer, self.image_size = tokenizer, image_size
+        self.text_length, self.prompt_multiple = text_length, prompt_multiple
+        if isinstance(records, Records):
+            kinds, codes, tokens = records.columns()
+        else:
+            kinds, codes, tokens = _columns(records, tokenizer, text_length)
+        used = np.bincount(codes, minlength=len(kinds)) > 0
+        tasks = {kind.task for kind, is_used in zip(kinds, used) if is_used}
         task_weights = parse_weights(weights)
-        captioned_tasks = {name.strip() for name in captioned.split(",")} - {""}
-        named = {name for name, weight in task_weights.items() if weight} | captioned_tasks
+        self.captioned = {name.strip() for name in captioned.split(",")} - {""}
+        named = {name for name, weight in task_weights.items() if weight} | self.captioned
         if unknown := sorted(named - {"*"} - tasks):
             raise ValueError(f"no records of the task {unknown[0]!r}, which --weights or "
                              f"--captioned names; the data has {', '.join(sorted(tasks))}")
         self.left_out = sorted(task for task in tasks if not weight_of(task_weights, task))
-        self.examples = [e for e in examples if e.task not in self.left_out]
-        if not self.examples:
+        if len(self.left_out) == len(tasks):
             raise ValueError(f"no examples are left: the data has {', '.join(sorted(tasks))}, "
                              f"the weights are {weights}")
-        for e in self.examples:
-            if "<extra_id_0>" in f"{e.prompt} {e.question} {e.caption}":
-                raise ValueError(f"the text of {e.image} holds the mask token <extra_id_0>; "
-                                 "remove it")
-
-        def writes(e: Example) -> bool:
-            is_captioned = "*" in captioned_tasks or e.task in captioned_tasks
-            return bool(e.caption) and (e.prompt is None or is_captioned)
-
-        self.writes = [writes(e) for e in self.examples]
-        prompts = [e.prompt or "" for e in self.examples]
-        self.prompts = tokenizer(prompts, length=text_length).int()                 # (n, L)
-        counts = text_lengths(self.prompts, tokenizer.eos_id)
-        self.lengths = [prompt_length(count, len(e.sources), text_length, prompt_multiple)
-                        for count, e in zip(counts, self.examples)]
-        questions = [e.question for e in self.examples]
-        answers = [e.caption for e in self.examples]
-        tokens, self.answer = tokenizer.dialogue(questions, answers, text_length)   # (n, L) each
-        self.tokens = tokens.int()
-        self.groups = self._group(task_weights)
-
-        paths = dict.fromkeys(path for e in self.examples for path in (e.image, *e.sources))
-        self.paths = list(paths)                                # each picture once
-        row = {path: i for i, path in enumerate(self.paths)}
-        self.path_rows = [[row[path] for path in (e.image, *e.sources)] for e in self.examples]
-        self.aligned = [i for i, e in enumerate(self.examples)
-                        if e.prompt is not None and self.writes[i]]
-        self.feature_rows = {i: row for row, i in enumerate(self.aligned)}
-        self.image_size = image_size
+        if self.left_out:
+            is_kept = np.array([kind.task not in self.left_out for kind in kinds])
+            kept = np.flatnonzero(is_kept[codes]).astype(np.int32)
+            codes, tokens = codes[kept], tokens[kept]
+            if isinstance(records, Records):
+                records = records.select(kept)
+            else:
+                records = [records[i] for i in kept]
+        self.records = records
+        self.keys, self.groups, self.group_of = self._group(kinds, codes, tokens, task_weights)
         self.latents: Tensor | None = None
-        self.features: tuple[Tensor, Tensor] | None = None
+        self.unreadable: dict[Path, str] = {}
+        self.features: Callable[[list[int]], tuple[Tensor, Tensor]] | None = None
 
-    def _group(self, task_weights: dict[str, float]) -> list[Group]:
-        members: dict[BatchKey, list[int]] = {}
-        for i, e in enumerate(self.examples):
-            key = BatchKey(
-                e.task, len(e.sources), e.prompt is None, self.writes[i], self.lengths[i])
-            members.setdefault(key, []).append(i)
-        sizes = collections.Counter(e.task for e in self.examples)
+    def _key(self, kind: Kind, tokens: int) -> BatchKey:
+        is_captioned = "*" in self.captioned or kind.task in self.captioned
+        writes = kind.has_caption and (kind.no_prompt or is_captioned)
+        length = prompt_length(tokens, kind.sources, self.text_length, self.prompt_multiple)
+        return BatchKey(kind.task, kind.sources, kind.no_prompt, writes, length)
+
+    def _group(self, kinds: list[Kind], codes: np.ndarray, tokens: np.ndarray,
+               weights: dict[str, float]) -> tuple[list[BatchKey], list[Group], np.ndarray]:
+        """The sorted keys, the group of each, and the number of the group of each example."""
+        width = self.text_length + 1
+        pairs = codes * np.int32(width) + tokens                # (n,) kind and tokens as one number
+        present = np.flatnonzero(np.bincount(pairs)).tolist()
+        key_of = {pair: self._key(kinds[pair // width], pair % width) for pair in present}
+        keys = sorted(set(key_of.values()))
+        numbers = np.zeros(max(present) + 1, np.min_scalar_type(len(keys)))
+        for pair, key in key_of.items():
+            numbers[pair] = keys.index(key)
+        group_of = numbers[pairs]                                                   # (n,)
+        sizes = np.bincount(group_of)                                               # (groups,)
+        by_group = np.argsort(group_of, kind="stable").astype(np.int32)             # (n,)
+        members = np.split(by_group, np.cumsum(sizes)[:-1])
+        task_sizes: collections.Counter[str] = collections.Counter()
+        for key, indices in zip(keys, members):
+            task_sizes[key.task] += len(indices)
         groups = []
-        for key, indices in sorted(members.items()):
-            weight = weight_of(task_weights, key.task) * len(indices) / sizes[key.task]
+        for key, indices in zip(keys, members):
+            weight = weight_of(weights, key.task) * len(indices) / task_sizes[key.task]
             groups.append(Group(key.task, indices, weight))
-        return groups
+        return keys, groups, group_of
+
+    @functools.cached_property
+    def aligned(self) -> np.ndarray:
+        """The examples with a prompt and a caption to write, sorted."""
+        is_aligned = np.array([key.writes and not key.no_prompt for key in self.keys])
+        return np.flatnonzero(is_aligned[self.group_of]).astype(np.int32)
+
+    @functools.cached_property
+    def paths(self) -> list[Path]:
+        """Every picture once. All records are read for it."""
+        return list(dict.fromkeys(path for e in self.records for path in (e.image, *e.sources)))
+
+    @functools.cached_property
+    def _row_of(self) -> dict[Path, int]:
+        return {path: row for row, path in enumerate(self.paths)}
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.records)
+
+    def origin(self, i: int) -> str:
+        """Where example i is from: its file and line, or its place in the list."""
+        return self.records.origin(i) if isinstance(self.records, Records) else f"example {i}"
+
+    def _pictures(self, e: Example) -> list[np.ndarray] | list[Tensor]:
+        """Pictures (H, W, 3), 1 + R of them, or latents (C, h, w) if they are cached."""
+        paths = [e.image, *e.sources]
+        if self.latents is None:
+            return [load_square(path, self.image_size) for path in paths]
+        for path in paths:
+            if path in self.unreadable:
+                raise ValueError(self.unreadable[path])
+        return [self.latents[self._row_of[path]] for path in paths]
+
+    def _candidates(self, i: int) -> Iterator[int]:
+        """Example i, then others of its group, in an order that depends on i alone."""
+        yield i
+        indices = self.groups[self.group_of[i]].indices
+        count = min(len(indices), _ATTEMPTS)
+        chosen = np.random.default_rng(i).choice(len(indices), count, replace=False)
+        yield from (int(indices[k]) for k in chosen if indices[k] != i)
+
+    def _load(self, i: int, skipped: list[tuple[str, str]]) -> tuple[int, Example, list]:
+        """Load example i, or another one of its group if it cannot be used.
+
+        Returns the example's index, itself and its pictures; adds (origin, reason) to `skipped`.
+        """
+        reasons = []
+        for candidate in self._candidates(i):
+            try:
+                e = self.records[candidate]
+                pictures = self._pictures(e)
+            except ValueError as error:
+                reasons.append((self.origin(candidate), str(error)))
+                continue
+            skipped += reasons
+            return candidate, e, pictures
+        shown = "; ".join(f"{origin}: {reason}" for origin, reason in reasons[:3])
+        task = self.groups[self.group_of[i]].task
+        raise ValueError(f"none of {len(reasons)} records of the task {task} can be used: {shown}")
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        first = indices[0]                                      # stands for all: one group
-        rows = torch.tensor([self.path_rows[i] for i in indices])                   # (B, 1 + R)
+        """The batch of examples of one group."""
+        skipped: list[tuple[str, str]] = []
+        loaded = [self._load(i, skipped) for i in indices]
+        indices = [i for i, _, _ in loaded]
+        examples = [e for _, e, _ in loaded]
+        pictures = [picture for _, _, pictures in loaded for picture in pictures]
+        key = self.keys[self.group_of[indices[0]]]
+        shape = len(indices), 1 + key.sources
         images = latents = prompts = tokens = answer = features = None
         if self.latents is not None:
-            latents = self.latents[rows]                                    # (B, 1 + R, C, h, w)
+            latents = torch.stack(pictures).unflatten(0, shape)             # (B, 1 + R, C, h, w)
         else:
-            paths = [self.paths[row] for row in rows.flatten().tolist()]
-            images = torch.stack([load_image(path, self.image_size) for path in paths])
-            images = images.unflatten(0, rows.shape)                        # (B, 1 + R, 3, H, W)
-        if self.examples[first].prompt is not None:
-            prompts = self.prompts[indices, :self.lengths[first]].long()                # (B, L)
-        if self.writes[first]:
-            tokens, answer = self.tokens[indices].long(), self.answer[indices]          # (B, L)
-        if self.features is not None and first in self.feature_rows:
-            chosen = [self.feature_rows[i] for i in indices]
-            image_features, text_features = self.features
-            features = image_features[chosen].float(), text_features[chosen].float()    # (B, d)
-        return Batch(
-            self.examples[first].task, images, latents, prompts, tokens, answer, features)
+            images = _contiguous_images(pictures).unflatten(0, shape)       # (B, 1 + R, 3, H, W)
+        captions: tuple[str, ...] = ()
+        if not key.no_prompt:
+            prompts = self.tokenizer([e.prompt for e in examples], self.text_length)
+            prompts = prompts[:, :key.length]                                       # (B, L)
+        if key.writes:
+            captions = tuple(e.caption for e in examples)
+            tokens, answer = self.tokenizer.dialogue(
+                [e.question for e in examples], captions, self.text_length)         # (B, L) each
+        if self.features is not None and key.writes and not key.no_prompt:
+            features = self.features(indices)                                       # (B, d) each
+        origins = tuple(self.origin(i) for i in indices)
+        return Batch(key.task, images, latents, prompts, tokens, answer, features, captions,
+                     origins, tuple(skipped))
 
 
 class BatchOrder(Sampler[list[int]]):
@@ -356,17 +449,18 @@ class BatchOrder(Sampler[list[int]]):
         self.groups, self.batch, self.seed = groups, batch, seed
         self.rank, self.world, self.start = rank, world, start
 
-    def _permutation(self, g: int, epoch: int, copies: int) -> list[int]:
+    def _permutation(self, g: int, epoch: int, copies: int) -> Tensor:
         """The order of group g in an epoch: `copies` permutations, one after another."""
-        indices = self.groups[g].indices
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 1009 + g)
-        orders = [torch.randperm(len(indices), generator=generator) for _ in range(copies)]
-        return [indices[i] for i in torch.cat(orders).tolist()]
+        seed = (self.seed * 1_000_003 + epoch) * 1009 + g
+        generator = torch.Generator().manual_seed(seed % 2 ** 63)
+        size = len(self.groups[g].indices)
+        orders = [torch.randperm(size, generator=generator) for _ in range(copies)]
+        return orders[0] if copies == 1 else torch.cat(orders)
 
     def __iter__(self) -> Iterator[list[int]]:
         total = sum(group.weight for group in self.groups)
         used = [0] * len(self.groups)                           # batches so far, by group
-        current: dict[int, tuple[int, list[int]]] = {}          # group -> its epoch and order
+        current: dict[int, tuple[int, Tensor]] = {}             # group -> its epoch and order
         global_batch = self.batch * self.world
 
         def behind(g: int, position: int) -> float:
@@ -375,13 +469,15 @@ class BatchOrder(Sampler[list[int]]):
         for position in itertools.count():
             g = max(range(len(used)), key=lambda g: behind(g, position))
             if position >= self.start:
-                size = len(self.groups[g].indices)
-                copies = math.ceil(global_batch / size)
-                epoch, place = divmod(used[g], copies * size // global_batch)
+                indices = self.groups[g].indices
+                copies = math.ceil(global_batch / len(indices))
+                epoch, place = divmod(used[g], copies * len(indices) // global_batch)
                 if g not in current or current[g][0] != epoch:
+                    current.pop(g, None)                        # two orders would take memory
                     current[g] = epoch, self._permutation(g, epoch, copies)
                 first = (place * self.world + self.rank) * self.batch
-                yield current[g][1][first:first + self.batch]
+                chosen = current[g][1][first:first + self.batch].tolist()
+                yield [int(indices[k]) for k in chosen]
             used[g] += 1
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from checkpoint import Checkpoint, Source, load, make_config, option
+from checkpoint import Checkpoint, Source, load, make_config, note, option
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,16 @@ def timestep_embedding(timestep: Tensor, dim: int = 256, max_period: float = 100
 
 
 def sincos_positions(side: int, dim: int, spacing: float = 1.0) -> Tensor:
-    """The fixed table of 2-D positions, (1, side * side, dim).
+    """The fixed table of 2-D positions, (1, side * side, dim), on the CPU.
 
     Columns in the first half of the channels, rows in the second; sines, then cosines.
     """
+    # Apple's GPUs have no float64.
+    exact = {"dtype": torch.float64, "device": "cpu"}
     quarter = dim // 4
-    exponents = torch.arange(quarter, dtype=torch.float64) / quarter                # (dim / 4,)
+    exponents = torch.arange(quarter, **exact) / quarter                            # (dim / 4,)
     frequencies = 10000.0 ** -exponents                                             # (dim / 4,)
-    places = torch.arange(side, dtype=torch.float64)[:, None] * spacing             # (side, 1)
+    places = torch.arange(side, **exact)[:, None] * spacing                         # (side, 1)
     angles = places * frequencies                                                   # (side, dim/4)
     line = torch.cat([angles.sin(), angles.cos()], dim=1).float()                   # (side, dim/2)
     columns = line[None].expand(side, -1, -1)                                # (side, side, dim/2)
@@ -510,10 +512,15 @@ def _read_layout(file: Checkpoint, overrides: Mapping) -> tuple[MMDiTConfig, dic
     elif "transformer_blocks.0.attn.to_q.weight" in file:
         layout = _SD3_DIFFUSERS
     else:
-        raise ValueError(f"{file.path}: holds no MM-DiT in a known layout (SD3 single file, SD3 or "
-                         "UniAlignment diffusers folder, own); its first tensors are "
-                         f"{', '.join(file.names()[:4])}")
-    config = make_config(MMDiTConfig, _fields(file, layout) | dict(overrides), str(file.path))
+        raise file.unlike("an MM-DiT", "holds no MM-DiT in a known layout (SD3 single file, SD3 or "
+                          "UniAlignment diffusers folder, own)")
+    fields = _fields(file, layout)
+    # SD3 has one head for each block.
+    is_guess = "num_attention_heads" not in file.config and fields["num_heads"] != fields["depth"]
+    if is_guess and "num_heads" not in overrides:
+        note(f"{file.path}: a guess, as the file does not say: num_heads {fields['num_heads']}, "
+             "heads of 64 channels; num_heads=... sets another number")
+    config = make_config(MMDiTConfig, fields | dict(overrides), str(file.path))
     sources = _shared_sources(layout, config.depth)
     if f"{layout.pooled[0]}.weight" in file:
         _adapt_sd3(sources, layout, config.depth)
@@ -543,6 +550,11 @@ def _fields(file: Checkpoint, layout: _Layout) -> dict:
     for name, own in _DIFFUSERS_CONFIG.items():
         if name in file.config:
             fields[own] = file.config[name]
+    head = f"{layout.head}.weight"
+    out_channels = file.shape(head)[0] // patch_size ** 2 if head in file else channels
+    if channels > out_channels:
+        raise ValueError(f"{file.path}: this is a variant for inpainting or editing, which takes "
+                         f"{channels} channels and gives {out_channels}: expected as many")
     return fields
 
 

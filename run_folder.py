@@ -4,24 +4,27 @@ Everything is written under a temporary name first, so that a kill at any moment
 """
 import contextlib
 import copy
+import hashlib
 import json
 import os
 import shutil
 import time
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import Checkpoint, save, write_atomically
 from config import Parts, RunFiles, TrainConfig, parts_of
-from data import Example, Tasks, load_image, read_jsonl, to_pictures
+from data import Tasks, load_image, to_pictures
 from model import MMDiT
+from records import Example, open_records
 from teacher import load_teacher
 from text_encoder import T5Encoder, T5Tokenizer
 from vae import VAE
@@ -90,6 +93,43 @@ class Metrics:
         return line
 
 
+# ---------------------------------------------------------------- skipped records
+
+class Skipped:
+    """skipped.jsonl: the records that could not be used, each once, and a limit to their number.
+
+    allowed: the largest number; more end the run.
+    """
+
+    def __init__(self, path: Path, allowed: int):
+        self.path, self.allowed = path, allowed
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.reasons = {entry["record"]: entry["reason"] for entry in map(json.loads, lines)}
+
+    def add(self, skipped: Iterable[tuple[str, str]]) -> None:
+        """List and warn of every new (record, reason). Raises ValueError beyond the limit."""
+        for record, reason in skipped:
+            if record in self.reasons:
+                continue
+            self.reasons[record] = reason
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"record": record, "reason": reason}) + "\n")
+            tqdm.write(f"warning: {record} is skipped: {reason}")
+        self.check(len(self.reasons))
+
+    def check(self, count: int) -> None:
+        """Raise ValueError if `count` records, of all ranks together, are too many."""
+        if count > self.allowed:
+            shown = "".join(f"\n  {record}: {why}" for record, why in [*self.reasons.items()][:10])
+            raise ValueError(f"{count} records could not be used, --max_skipped allows "
+                             f"{self.allowed}; the list is in {self.path}:{shown}")
+
+
+def allowed_skips(share: float, count: int) -> int:
+    """The number of records that may be skipped: a share of all, at least one unless it is 0."""
+    return max(1, int(share * count)) if share else 0
+
+
 # ---------------------------------------------------------------- frozen parts and models
 
 def missing_parts(config: TrainConfig, run: Path) -> list[str]:
@@ -112,13 +152,18 @@ class Frozen(NamedTuple):
     vae: VAE
 
 
-def load_frozen(config: TrainConfig, parts: Parts, device: torch.device) -> Frozen:
-    """Load the frozen tokenizer, T5 and VAE. On a GPU T5 stays in bfloat16, to save memory."""
+def frozen_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The type of frozen weights: bfloat16 on a GPU, to save memory."""
     half = device.type == "cuda" and config.autocast
+    return torch.bfloat16 if half else torch.float32
+
+
+def load_frozen(config: TrainConfig, parts: Parts, device: torch.device) -> Frozen:
+    """Load the frozen tokenizer, T5 and VAE."""
     tokenizer = T5Tokenizer(parts.tokenizer, padding_id=config.sampling.padding_id)
     text_encoder = T5Encoder.from_pretrained(
         parts.text_encoder, mask_token=config.mask_token or None,
-        dtype=torch.bfloat16 if half else torch.float32, device=device)
+        dtype=frozen_dtype(config, device), device=device)
     vae = VAE.from_pretrained(parts.vae, device=device)
     return Frozen(tokenizer, text_encoder.eval().requires_grad_(False),
                   vae.eval().requires_grad_(False))
@@ -127,7 +172,7 @@ def load_frozen(config: TrainConfig, parts: Parts, device: torch.device) -> Froz
 def load_models(config: TrainConfig, vocab_size: int, resumed: Path | None,
                 device: torch.device) -> tuple[MMDiT, MMDiT]:
     """Load the model and its average: from the run's checkpoint, from --init, or fresh."""
-    torch.manual_seed(config.seed)          # an SD3 checkpoint, too, leaves tensors to initialize
+    torch.manual_seed(config.seed % 2 ** 63)    # SD3 leaves tensors to initialize, too
     if resumed:
         model = MMDiT.from_pretrained(resumed / "model.safetensors")
         average = MMDiT.from_pretrained(resumed / "ema.safetensors")
@@ -178,10 +223,10 @@ def check_parts(config: TrainConfig, model: MMDiT, frozen: Frozen) -> None:
 # ---------------------------------------------------------------- data, computed once
 
 def load_tasks(config: TrainConfig, parts: Parts, tokenizer: T5Tokenizer) -> Tasks:
-    """Load the records of all JSONL files as one dataset."""
-    examples = [example for path in parts.data for example in read_jsonl(path)]
+    """Open the records of all JSONL files as one dataset, whose index is built if it is missing."""
     settings = config.sampling
-    return Tasks(examples, tokenizer, settings.image_size, settings.text_length, config.weights,
+    records = open_records(parts.data, tokenizer, settings.text_length, Path(config.out))
+    return Tasks(records, tokenizer, settings.image_size, settings.text_length, config.weights,
                  config.captioned, settings.prompt_multiple)
 
 
@@ -197,32 +242,65 @@ def describe_tasks(dataset: Tasks) -> str:
 
 @torch.no_grad()
 def encode_all(dataset: Tasks, vae: VAE, device: torch.device, autocast: bool) -> Tensor:
-    """Encode every picture of a dataset to its mean latents, (n, C, h, w) float32 on the CPU."""
+    """Encode every picture of a dataset to its mean latents, (n, C, h, w) float32 on the CPU.
+
+    A picture that cannot be read gets zeros, and its reason in dataset.unreadable.
+    """
+    def load(path: Path) -> Tensor:
+        try:
+            return load_image(path, dataset.image_size)
+        except ValueError as error:
+            dataset.unreadable[path] = str(error)
+            return torch.zeros(3, dataset.image_size, dataset.image_size)
+
     latents = []
     starts = range(0, len(dataset.paths), 64)
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         for start in tqdm(starts, desc="encoding pictures", unit="batch", leave=False):
-            paths = dataset.paths[start:start + 64]
-            images = torch.stack([load_image(path, dataset.image_size) for path in paths])
+            images = torch.stack([load(path) for path in dataset.paths[start:start + 64]])
             latents.append(vae.encode(images.to(device)).float().cpu())             # (b, C, h, w)
     return torch.cat(latents)
 
 
-def _cache_name(examples: list[Example], teacher_path: Path, image_size: int) -> str:
+SHARD = 2048                                # pairs per file of cached teacher features
+
+
+class Features:
+    """Cached teacher features, memory-mapped; indices: the examples in the shards, sorted."""
+
+    def __init__(self, files: Sequence[Path], indices: np.ndarray):
+        self.indices = indices
+        self.shards = []
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                self.shards.append((file.get_tensor("image"), file.get_tensor("text")))
+
+    def __call__(self, chosen: list[int]) -> tuple[Tensor, Tensor]:
+        """The features of examples, (B, d) float32 of pictures and of captions."""
+        rows = [divmod(int(row), SHARD) for row in np.searchsorted(self.indices, chosen)]
+        images = [self.shards[shard][0][row] for shard, row in rows]
+        texts = [self.shards[shard][1][row] for shard, row in rows]
+        return torch.stack(images).float(), torch.stack(texts).float()              # (B, d) each
+
+
+def _shard_name(examples: list[Example], teacher_path: Path, image_size: int) -> str:
     """A file name that changes with the teacher's files, the pictures, their size, the captions."""
-    files = [*teacher_path.glob("*"), *(e.image for e in examples)]
-    states = [(file.name, file.stat()) for file in files]
-    versions = [f"{name} {state.st_size} {state.st_mtime_ns}" for name, state in states]
+    files = [*sorted(teacher_path.glob("*")), *(e.image for e in examples)]
+    versions = []
+    for file in files:
+        state = file.stat() if file.exists() else None          # a missing picture is skipped later
+        versions.append((file.name, state and (state.st_size, state.st_mtime_ns)))
     captions = [e.caption for e in examples]
-    digest = zlib.crc32(repr((image_size, versions + captions)).encode())
-    return f"teacher-{digest:08x}.safetensors"
+    digest = hashlib.blake2b(repr((image_size, versions, captions)).encode(), digest_size=8)
+    return f"teacher-{digest.hexdigest()}.safetensors"
 
 
-def teacher_features(examples: list[Example], teacher_path: Path, folder: Path, image_size: int,
-                     width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Teacher features of the examples' pictures and captions, (n, width) float16 each.
+def teacher_features(dataset: Tasks, teacher_path: Path, folder: Path, width: int,
+                     device: torch.device, rank: int = 0, world: int = 1) -> list[Path]:
+    """Compute the teacher's features of this rank's shards of dataset.aligned, where missing.
 
-    They are computed once and cached in `folder`. Raises ValueError for a teacher of another width.
+    Each shard is written as soon as it is done, so an interrupted start goes on. Returns the files
+    of all shards, to be opened when every rank is done. Raises ValueError for another width.
     """
     def check(teacher_width: int, path: Path) -> None:
         if teacher_width != width:
@@ -230,24 +308,33 @@ def teacher_features(examples: list[Example], teacher_path: Path, folder: Path, 
                              f"heads have {width}; change --model.align_dims, or "
                              "--intrinsic_weight 0")
 
-    cache = folder / _cache_name(examples, teacher_path, image_size)
-    if cache.exists():
-        file = Checkpoint(cache)
-        check(file.shape("image")[1], cache)
-        return file.read("image", torch.float16), file.read("text", torch.float16)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    teacher = load_teacher(teacher_path, dtype, device)
-    check(teacher.out_dim, teacher_path)
-    image_features, text_features = [], []
-    for start in tqdm(range(0, len(examples), 64), desc="teacher", unit="batch", leave=False):
-        chunk = examples[start:start + 64]
-        images = torch.stack([load_image(e.image, image_size) for e in chunk])      # (b, 3, H, W)
-        pictures = to_pictures(images)                                              # (b, H, W, 3)
-        image_features.append(teacher.image_features(list(pictures)).half().cpu())  # (b, d)
-        text_features.append(teacher.text_features([e.caption for e in chunk]).half().cpu())
-    features = {"image": torch.cat(image_features), "text": torch.cat(text_features)}   # (n, d)
-    save(cache, features)
-    return features["image"], features["text"]
+    def load(path: Path) -> Tensor:
+        try:
+            return load_image(path, dataset.image_size)
+        except ValueError:                  # the loader will skip this record
+            return torch.zeros(3, dataset.image_size, dataset.image_size)
+
+    teacher, files = None, []
+    starts = range(0, len(dataset.aligned), SHARD)
+    for number, start in enumerate(tqdm(starts, desc="teacher", unit="shard", leave=False)):
+        indices = dataset.aligned[start:start + SHARD]
+        examples = [dataset.records[int(i)] for i in indices]
+        path = folder / _shard_name(examples, teacher_path, dataset.image_size)
+        files.append(path)
+        if path.exists():
+            check(Checkpoint(path).shape("image")[1], path)
+        elif number % world == rank:
+            if teacher is None:
+                dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+                teacher = load_teacher(teacher_path, dtype, device)
+                check(teacher.out_dim, teacher_path)
+            images, texts = [], []
+            for chunk in (examples[i:i + 64] for i in range(0, len(examples), 64)):
+                pictures = to_pictures(torch.stack([load(e.image) for e in chunk]))
+                images.append(teacher.image_features(list(pictures)).half().cpu())  # (b, d)
+                texts.append(teacher.text_features([e.caption for e in chunk]).half().cpu())
+            save(path, {"image": torch.cat(images), "text": torch.cat(texts)})      # (n, d) each
+    return files
 
 
 def features_folder(config: TrainConfig, parts: Parts) -> Path:
@@ -259,28 +346,61 @@ def features_folder(config: TrainConfig, parts: Parts) -> Path:
 # ---------------------------------------------------------------- checkpoints
 
 def save_checkpoint(run: Path, step: int, seconds: float, model: MMDiT, average: MMDiT,
-                    optimizers: list, metrics: dict[str, Tensor], world: int) -> None:
+                    optimizers: list, metrics: dict[str, Tensor], **origin: object) -> None:
     """Write checkpoint-<step> under a temporary name, rename it, then remove the one before.
 
-    So a kill at any moment leaves one whole checkpoint. world: number of ranks.
+    So a kill at any moment leaves one whole checkpoint, and a full disk nothing temporary.
+    origin: what `check_resume` compares.
     """
     files = RunFiles(run)
     target, temporary = files.checkpoint(step), run / ".checkpoint.tmp"
     if target.exists():
         return
-    shutil.rmtree(temporary, ignore_errors=True)
-    save(temporary / "model.safetensors", model.state_dict(), model.config)
-    save(temporary / "ema.safetensors", average.state_dict(), model.config)
     state = {f"metrics.{name}": value for name, value in metrics.items()}
     for k, optimizer in enumerate(optimizers):
         for i, entry in optimizer.state_dict()["state"].items():
             state |= {f"{k}.{i}.{name}": value for name, value in entry.items()}
-    save(temporary / "optimizer.safetensors", state,
-         step=str(step), seconds=str(seconds), world=str(world))
-    os.rename(temporary, target)
+    metadata = {"step": step, "seconds": seconds} | origin
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        save(temporary / "model.safetensors", model.state_dict(), model.config)
+        save(temporary / "ema.safetensors", average.state_dict(), model.config)
+        save(temporary / "optimizer.safetensors", state,
+             **{name: str(value) for name, value in metadata.items()})
+        os.rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     for old in files.checkpoints():
         if old != target:
-            shutil.rmtree(old)
+            # a file that is still mapped cannot be removed on some systems; the next save will
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def check_resume(folder: Path, world: int, global_batch: int, data: str,
+                 new_data: bool) -> str | None:
+    """Compare a checkpoint's origin with the run that resumes it.
+
+    world: number of ranks; global_batch: examples per step over all ranks; data: digest of the
+    JSONL files. Returns a note to print if the run goes on otherwise than it would have.
+    Raises ValueError for another global batch, and for other data unless new_data.
+    """
+    before = Checkpoint(folder / "optimizer.safetensors").metadata
+    old_world = int(before["world"])
+    old_batch = int(before.get("global_batch", global_batch * old_world // world))
+    if old_batch != global_batch:
+        raise ValueError(f"{folder}: was written by {old_world} ranks, resumed by {world}, which "
+                         f"makes the global batch {global_batch}, not {old_batch}; choose ranks, "
+                         f"--batch_size and --accumulation whose product is {old_batch}")
+    if before.get("data", data) != data and not new_data:
+        raise ValueError(f"{folder}: the data has changed since this checkpoint, so the run would "
+                         "go on in another order; restore the JSONL files, or add --new_data true "
+                         "if the change is meant")
+    if before.get("data", data) != data:
+        return "the data has changed: the run goes on with the new data, in a new order"
+    if old_world != world:
+        return (f"resumed by {world} ranks, before {old_world}, with the same global batch of "
+                f"{global_batch}: noise and order of the data differ from here on")
+    return None
 
 
 class Progress(NamedTuple):
@@ -290,15 +410,9 @@ class Progress(NamedTuple):
     metrics: dict[str, Tensor] = {}         # sums of an unfinished line of metrics.jsonl
 
 
-def load_optimizers(optimizers: list, folder: Path, world: int) -> Progress:
-    """Restore the optimizers from a checkpoint and return where it was.
-
-    Raises ValueError for another number of ranks, since their batches would differ.
-    """
+def load_optimizers(optimizers: list, folder: Path) -> Progress:
+    """Restore the optimizers from a checkpoint and return where it was."""
     file = Checkpoint(folder / "optimizer.safetensors")
-    if file.metadata["world"] != str(world):
-        raise ValueError(f"{folder}: was written by {file.metadata['world']} ranks, resumed by "
-                         f"{world}; start as many as before")
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     metrics = {}
     for name in file.names():

@@ -22,10 +22,14 @@
 One loop integrates every image, one loop fills in every text. A task is the inputs it gives them.
 """
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,9 +40,11 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoint import check_ranges, write_atomically
 from config import RunFiles, SampleSettings, parts_of, read_config
 from data import load_image, prompt_length, text_lengths, to_pictures
 from model import MMDiT
+from records import find_file
 from text_encoder import T5Encoder, T5Tokenizer
 from vae import VAE
 
@@ -108,14 +114,24 @@ def generate(model: MMDiT, noise: Tensor, text: Tensor, empty_text: Tensor, step
 ORDERS = ("confidence", "left", "ancestral")
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """The device itself, or the CPU for one without float64: Apple's GPUs, many of Intel's."""
+    try:
+        torch.ones(1, dtype=torch.float64, device=device).log()
+    except (TypeError, RuntimeError):
+        return torch.device("cpu")
+    return device
+
+
 def draw_tokens(logits: Tensor, temperature: float,
                 generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Draw a token for every position; returns tokens and their probabilities, (B, L) each.
 
     The mask token, the last class, is never drawn. Gumbel noise is in float64: in float32 its tail
-    is cut off, which lowers the temperature unseen (arXiv 2409.02908).
+    is cut off, which lowers the temperature unseen (arXiv 2409.02908). Results and generator are on
+    the `float64_device` of the logits.
     """
-    logits = logits[..., :-1].double()                                      # (B, L, vocab - 1)
+    logits = logits[..., :-1].to(float64_device(logits.device)).double()    # (B, L, vocab - 1)
     scores = logits
     if temperature > 0:
         uniform = torch.rand(
@@ -142,13 +158,16 @@ def describe(model: MMDiT, text_encoder: Callable[[Tensor], Tensor], latents: Te
     the leftmost ones. "ancestral" is the released sampler, the reversed diffusion: t goes from 1 to
     1e-5, and a step from t to s reveals each masked token with probability (t - s) / t. None takes
     "left" for rows that hold a question, "confidence" for the others.
+
+    generator: on the `float64_device` of the tokens, where all but the model runs.
     """
     if order not in (None, *ORDERS) or steps < 1 or temperature < 0:
         raise ValueError(f"order = {order!r}, steps = {steps}, temperature = {temperature}; "
                          f"expected one of {ORDERS}, at least one step and a temperature of at "
                          "least 0")
-    tokens = tokens.clone()
-    timestep = torch.zeros(len(tokens), device=tokens.device)               # the images are clean
+    model_device, device = tokens.device, float64_device(tokens.device)
+    tokens = tokens.to(device, copy=True)
+    timestep = torch.zeros(len(tokens), device=model_device)                # the images are clean
     times = torch.linspace(1, 1e-5, steps + 1, dtype=torch.float64).tolist()
     wanted = (tokens == mask_id).sum(dim=1)                                 # (B,)
     has_question = wanted < tokens.shape[1]                                 # (B,)
@@ -160,7 +179,7 @@ def describe(model: MMDiT, text_encoder: Callable[[Tensor], Tensor], latents: Te
         if not masked.any():
             break
         if logits is None:                                      # else the last prediction holds
-            text = text_encoder(tokens)                                     # (B, L, D)
+            text = text_encoder(tokens.to(model_device))                    # (B, L, D)
             logits = model(latents, text, timestep, want=("logits",)).logits    # (B, L, vocab)
         drawn, probability = draw_tokens(logits, 0 if last else temperature, generator)
         if last:
@@ -168,7 +187,7 @@ def describe(model: MMDiT, text_encoder: Callable[[Tensor], Tensor], latents: Te
         elif order == "ancestral":
             t, s = times[i], times[i + 1]
             chance = torch.rand(
-                tokens.shape, dtype=torch.float64, device=tokens.device, generator=generator)
+                tokens.shape, dtype=torch.float64, device=device, generator=generator)
             reveal = masked & (chance < (t - s) / t)                        # (B, L)
         else:
             done = wanted - masked.sum(dim=1)                               # (B,)
@@ -180,10 +199,15 @@ def describe(model: MMDiT, text_encoder: Callable[[Tensor], Tensor], latents: Te
             reveal = masked & (rank < quota[:, None])                       # (B, L)
         if reveal.any():
             tokens, logits = torch.where(reveal, drawn, tokens), None       # (B, L)
-    return tokens
+    return tokens.to(model_device)
 
 
 # ---------------------------------------------------------------- the pipeline
+
+def seeded(seed: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """A generator of random numbers; any integer is a seed."""
+    return torch.Generator(device).manual_seed(seed % 2 ** 63)
+
 
 @dataclass
 class Pipeline:
@@ -202,12 +226,15 @@ class Pipeline:
 
         Raises ValueError where one cannot be read, or where images of this size cannot be drawn.
         """
+        check_ranges(settings, "sampling.")
         tokens = T5Tokenizer(tokenizer, padding_id=settings.padding_id)
         autoencoder = VAE.from_pretrained(vae, dtype=dtype, device=device).eval()
         mmdit = MMDiT.from_pretrained(model, dtype=dtype, device=device).eval()
         unit = autoencoder.downscale * mmdit.config.patch_size              # pixels per patch
-        if settings.image_size % unit:
-            raise ValueError(f"image size {settings.image_size}: expected a multiple of {unit}")
+        largest = unit * mmdit.config.position_table
+        if settings.image_size % unit or settings.image_size > largest:
+            raise ValueError(f"image size {settings.image_size}: expected a multiple of {unit}, "
+                             f"at most {largest}")
         text_encoder = T5Encoder.from_pretrained(
             t5, mask_token=mask_token, dtype=dtype, device=device).eval()
         return cls(tokens, text_encoder, autoencoder, mmdit, settings)
@@ -253,8 +280,8 @@ class Pipeline:
         guidance = s.guidance if guidance is None else guidance
         side = s.image_size // self.vae.downscale
         shape = self.model.config.latent_channels, side, side
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])  # (B, C, h, w)
+        noise = torch.stack([torch.randn(shape, generator=seeded(seed + i))
+                             for i in range(len(prompts))])                         # (B, C, h, w)
 
         ids = self.tokenizer([*prompts, ""], length=s.text_length)                  # (B + 1, L)
         counts = text_lengths(ids[:-1], self.tokenizer.eos_id)
@@ -290,7 +317,7 @@ class Pipeline:
         if questions is None:
             questions = [""] * len(images)
         tokens, answer = self.tokenizer.dialogue(questions, length=s.text_length)   # (B, L) each
-        generator = torch.Generator(self.device).manual_seed(seed)
+        generator = seeded(seed, float64_device(self.device))
         ids = describe(
             self.model, self.encode_text, self.encode_images(images), tokens.to(self.device),
             self.tokenizer.mask_id, s.text_steps if steps is None else steps, order, temperature,
@@ -301,7 +328,7 @@ class Pipeline:
     def warnings(self, prompt: str) -> list[str]:
         """Name the parts of a prompt that the model cannot see: unknown words, and a cut end."""
         count, length = len(self.tokenizer.encode(prompt)), self.settings.text_length
-        warnings = []
+        warnings = [] if prompt.strip() else ["an empty text; the model is left free"]
         if count > length:
             warnings.append(f"{count} tokens, the model reads {length}: the end is cut off")
         words = prompt.split()
@@ -330,16 +357,16 @@ def save_picture(picture: np.ndarray, path: Path, **metadata) -> None:
     info = PngInfo()
     for key, value in metadata.items():
         info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path, pnginfo=info)
+    image = Image.fromarray(picture)
+    write_atomically(path, lambda file: image.save(file, format="PNG", pnginfo=info))
 
 
 def _names(out: Path, count: int) -> list[Path]:
     """Name `count` pictures: x.png, or x-1.png, x-2.png, ...; in a folder the next free numbers."""
-    if out.suffix == ".png" and not out.is_dir():
+    if out.suffix.lower() == ".png" and not out.is_dir():
         numbered = [out.with_stem(f"{out.stem}-{i + 1}") for i in range(count)]
         return [out] if count == 1 else numbered
-    used = [int(f.stem) for f in out.glob("*.png") if f.stem.isdigit()]
+    used = [int(f.stem) for f in out.glob("*.png") if f.stem.isdecimal()]
     return [out / f"{max(used, default=0) + 1 + i:04d}.png" for i in range(count)]
 
 
@@ -351,7 +378,8 @@ def _help(name: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter,
-                                description=__doc__, epilog=EXAMPLES)
+                                usage="sample.py [-h] [PROMPT ...] [--OPTION VALUE ...]",
+                                description=__doc__, epilog=EXAMPLES, allow_abbrev=False)
     p.add_argument("prompt", nargs="*", help="texts to draw, one picture each")
     task = p.add_mutually_exclusive_group()
     task.add_argument("--prompts", type=Path, metavar="FILE", help="text file, one prompt a line")
@@ -367,11 +395,11 @@ def _parser() -> argparse.ArgumentParser:
                           help=f"draw the {kind} of --image")
     p.add_argument("--image", nargs="+", action="extend", type=Path, default=[], metavar="PICTURE",
                    help="source of --ask, --edit, --edges, --depth and --pose")
-    p.add_argument("--out", type=Path, default=Path("pictures"),
+    p.add_argument("--out", type=Path,
                    help="a .png file (several turns: x-1.png, x-2.png, ...), or a folder that gets "
-                        "numbered files (default: %(default)s)")
+                        "numbered files (default: pictures)")
     p.add_argument("--seed", type=int, default=0,
-                   help="the same seed gives the same result (default: %(default)s)")
+                   help="any integer; the same seed gives the same result (default: %(default)s)")
     p.add_argument("--steps", type=int, help="Euler steps per image, or steps per text")
     p.add_argument("--guidance", type=float, help=_help("guidance"))
     p.add_argument("--image-guidance", type=float, help=_help("image_guidance"))
@@ -379,10 +407,9 @@ def _parser() -> argparse.ArgumentParser:
                    help="which tokens of a text come first: the most probable (default of "
                         "captions), the leftmost (default of answers), or random ones, as in the "
                         "released sampler")
-    p.add_argument("--temperature", type=float, default=0.0,
-                   help="of the text; 0: the most probable (default: %(default)s)")
-    p.add_argument("--run", type=Path, default=Path("runs/tiny"),
-                   help="folder of a training run (default: %(default)s)")
+    p.add_argument("--temperature", type=float,
+                   help="of the text; 0: the most probable (default: 0)")
+    p.add_argument("--run", type=Path, help="folder of a training run (default: runs/tiny)")
     released = p.add_argument_group(
         "released weights, in place of --run; a part without a name is looked for in --model")
     released.add_argument("--model", type=Path, help="MM-DiT: a file or folder, any layout")
@@ -390,15 +417,29 @@ def _parser() -> argparse.ArgumentParser:
     released.add_argument("--t5", type=Path, help="T5 v1.1 XXL encoder")
     released.add_argument("--tokenizer", type=Path, help="T5's spiece.model")
     released.add_argument("--mask-token", type=Path, help=".pth of the trained mask embedding")
-    released.add_argument("--padding-id", type=int, default=1, choices=(0, 1),
-                          help="1 for dual checkpoints, 0 for plain SD3 (default: %(default)s)")
-    released.add_argument("--image-size", type=int, default=512,
-                          help="pixels (default: %(default)s)")
+    released.add_argument("--padding-id", type=int, choices=(0, 1),
+                          help="1 for dual checkpoints, 0 for plain SD3 (default: 1)")
+    released.add_argument("--image-size", type=int, help="pixels (default: 512)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"),
                    help="of all weights (default: float32 on CPU, bfloat16 on GPU)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="(default: %(default)s)")
     return p
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not empty. Raises ValueError and OSError."""
+    try:
+        text = find_file(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+    if "\0" in text:                                            # UTF-16 without its mark
+        raise ValueError(f"{path}: holds zero bytes, so it is no UTF-8 text; save it as UTF-8")
+    text = text.replace("\ufeff", "")       # byte order marks, also within files put together
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompt; expected one a line")
+    return prompts
 
 
 def _check_task(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
@@ -412,122 +453,222 @@ def _check_task(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
                 "it")
     if len(a.image) > 1 and (a.ask or a.kind):
         p.error(f"--{a.kind or 'ask'} looks at one picture, found {len(a.image)} after --image")
-    if missing := [str(path) for path in a.describe + a.image if not path.is_file()]:
+    pictures = a.describe + a.image
+    if missing := [str(path) for path in pictures if not find_file(path).is_file()]:
         p.error(f"no such picture: {', '.join(missing)}")
+    for text in a.prompt + a.ask + a.edit:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            p.error(f"the text {text!r} is not UTF-8; type it in a UTF-8 terminal, or put it "
+                    "into a file for --prompts")
 
 
-def _check_out(p: argparse.ArgumentParser, a: argparse.Namespace, count: int) -> None:
-    """Stop where `count` pictures cannot be written, or would overwrite others."""
-    if a.out.suffix and not a.out.is_dir():
-        if a.out.suffix != ".png":
-            p.error(f"{a.out}: pictures are written as .png; name a .png file or a folder")
-        if len(a.prompt) > 1:
-            p.error(f"--out {a.out} is one picture for {len(a.prompt)} prompts; name a folder")
-    for path in _names(a.out, count):
-        if path.exists():
-            p.error(f"{path} exists; nothing is overwritten, choose another name")
-        if path.parent.exists() and not path.parent.is_dir():
-            p.error(f"{path.parent} is not a folder")
+def _check_effect(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
+    """Stop where an option has no effect beside the others."""
+    if a.model and not a.tokenizer:
+        p.error("--model needs --tokenizer, T5's spiece.model")
+    writes = bool(a.describe or a.ask)
+    rules = (       # whether the options have an effect, where they do, the options
+        (a.model, "with --model, as a run in --run has its own",
+         ("vae", "t5", "tokenizer", "mask_token", "padding_id", "image_size")),
+        (not a.model, "without --model", ("run",)),
+        (not writes, "where pictures are drawn", ("out", "guidance")),
+        (a.image and not writes, "on --edit, --edges, --depth and --pose", ("image_guidance",)),
+        (writes, "on --describe and --ask", ("order", "temperature")))
+    for has_effect, where, names in rules:
+        given = [name for name in names if getattr(a, name) is not None]
+        if given and not has_effect:
+            p.error(f"--{given[0].replace('_', '-')} has an effect only {where}; remove it")
+
+
+def _check_device(p: argparse.ArgumentParser, name: str) -> None:
+    """Stop where a device does not exist, or does not compute."""
+    try:
+        torch.ones(1, device=name).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        p.error(f"--device {name}: not available ({str(error).splitlines()[0]:.100})")
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise OSError where no file can be written in a folder, which need not exist."""
+    missing = [f for f in (folder, *folder.parents) if not f.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    finally:
+        for created in missing:             # a run that fails later leaves no empty folder
+            with contextlib.suppress(OSError):
+                created.rmdir()
+
+
+def _check_out(p: argparse.ArgumentParser, a: argparse.Namespace, count: int) -> list[Path]:
+    """Names for `count` pictures. Stop where they cannot be written, or would overwrite others."""
+    try:
+        if a.out.suffix and not a.out.is_dir():
+            if a.out.suffix.lower() != ".png":
+                p.error(f"{a.out}: pictures are written as .png; name a .png file or a folder")
+            if len(a.prompt) > 1:
+                p.error(f"--out {a.out} is one picture for {len(a.prompt)} prompts; name a folder")
+        names = _names(a.out, count)
+        if existing := [path for path in names if path.exists()]:
+            p.error(f"{existing[0]} exists; nothing is overwritten, choose another name")
+        _check_writable(names[0].parent)
+    except OSError as error:
+        p.error(f"--out {a.out}: cannot be written ({error})")
+    return names
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; every mistake that shows without the model stops here."""
     p = _parser()
     a = p.parse_args(argv)
-    if a.prompts:
-        if not a.prompts.is_file():
-            p.error(f"{a.prompts}: no such file")
-        try:
-            lines = a.prompts.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            p.error(f"{a.prompts}: not UTF-8 text ({error})")
-        a.prompt += [line.strip() for line in lines if line.strip()]
-    _check_task(p, a)
-    if a.model and not a.tokenizer:
-        p.error("--model needs --tokenizer, T5's spiece.model")
-    if not a.model and (a.vae or a.t5 or a.tokenizer or a.mask_token):
-        p.error("--vae, --t5, --tokenizer and --mask-token belong to --model; a run in --run has "
-                "its own")
     try:
-        torch.empty(0, device=a.device)
-    except (RuntimeError, AssertionError) as error:
-        p.error(f"--device {a.device}: {str(error).splitlines()[0]}")
-    if a.prompt or a.edit or a.kind:
-        _check_out(p, a, len(a.prompt or a.edit or [a.kind]))
+        a.prompt += _read_prompts(a.prompts) if a.prompts else []
+    except OSError as error:
+        p.error(f"{a.prompts}: {error.strerror.lower()}")
+    except ValueError as error:
+        p.error(str(error))
+    _check_task(p, a)
+    _check_effect(p, a)
+    _check_device(p, a.device)
+    a.run, a.out = a.run or Path("runs/tiny"), a.out or Path("pictures")
+    count = len(a.prompt or a.edit or [a.kind])
+    a.names = [] if a.describe or a.ask else _check_out(p, a, count)
     return a
+
+
+def _check_numbers(a: argparse.Namespace) -> None:
+    """Raise ValueError for a number out of its range, as NaN and infinity are."""
+    smallest = {"steps": 1, "image_size": 1, "guidance": 0, "image_guidance": 0, "temperature": 0}
+    for name, least in smallest.items():
+        value = getattr(a, name)
+        if value is not None and not least <= value <= 1_000_000:
+            raise ValueError(f"--{name.replace('_', '-')} = {value}: expected a number from "
+                             f"{least} to 1000000")
 
 
 def _load(a: argparse.Namespace) -> Pipeline:
     """Load the models of --run or --model, with the settings that the command line changes."""
-    dtype = getattr(torch, a.dtype or ("float32" if a.device == "cpu" else "bfloat16"))
-    if a.model:
-        settings = SampleSettings(image_size=a.image_size, padding_id=a.padding_id)
-        pipeline = Pipeline.from_parts(a.model, a.vae or a.model, a.t5 or a.model, a.tokenizer,
-                                       a.mask_token, settings, dtype, a.device)
-    else:
-        pipeline = Pipeline.from_run(a.run, dtype, a.device)
-    options = {name: getattr(a, name) for name in ("guidance", "image_guidance")}
+    on_cpu = torch.device(a.device).type == "cpu"
+    dtype = getattr(torch, a.dtype or ("float32" if on_cpu else "bfloat16"))
+    options = {name: getattr(a, name)
+               for name in ("image_size", "padding_id", "guidance", "image_guidance")}
     given = {name: value for name, value in options.items() if value is not None}
+    if a.model:
+        return Pipeline.from_parts(a.model, a.vae or a.model, a.t5 or a.model, a.tokenizer,
+                                   a.mask_token, SampleSettings(**given), dtype, a.device)
+    pipeline = Pipeline.from_run(a.run, dtype, a.device)
     pipeline.settings = replace(pipeline.settings, **given)
     return pipeline
 
 
-def _write_texts(pipeline: Pipeline, a: argparse.Namespace) -> list[str]:
-    """Write a caption of each picture of --describe, or an answer to each question of --ask."""
+BATCH = 16                      # prompts, or pictures to describe, at a time: bounds the memory
+
+
+def _write_texts(pipeline: Pipeline, a: argparse.Namespace) -> Iterator[str]:
+    """Write captions of --describe, or answers of --ask; a line for each, batch by batch.
+
+    A picture that cannot be read raises ValueError after all others have their text.
+    """
     if not pipeline.model.text_head.weight.any():
         raise ValueError(f"{a.model or a.run}: cannot write, its text head is all zero as plain "
                          "SD3's; use a dual checkpoint")
-    paths = a.describe or a.image * len(a.ask)
-    images = torch.stack([load_image(path, pipeline.settings.image_size) for path in paths])
-    return pipeline.caption(images, a.seed, a.steps, a.order, a.temperature, progress=True,
-                            questions=a.ask or None)
+    subjects = a.describe or a.ask
+    unreadable = {}                                             # messages, each once
+    for start in range(0, len(subjects), BATCH):
+        readable, images = [], []
+        for subject in subjects[start:start + BATCH]:
+            path = subject if a.describe else a.image[0]
+            try:
+                images.append(load_image(path, pipeline.settings.image_size))
+                readable.append(subject)
+            except ValueError as error:
+                unreadable[str(error)] = True
+        if images:
+            texts = pipeline.caption(
+                torch.stack(images), a.seed + start, a.steps, a.order, a.temperature or 0.0,
+                progress=True, questions=readable if a.ask else None)
+            yield from (f"{subject}\t{text}" for subject, text in zip(readable, texts))
+    if unreadable:
+        raise ValueError("; ".join(unreadable))
 
 
-def _draw_prompts(pipeline: Pipeline, a: argparse.Namespace) -> Tensor:
-    """Draw an image of each prompt, sixteen at a time to bound the memory; (B, 3, H, W)."""
-    starts = range(0, len(a.prompt), 16)
-    return torch.cat([pipeline.draw(a.prompt[i:i + 16], a.seed + i, a.steps, progress=True)
-                      for i in starts])
+def _draw_images(pipeline: Pipeline, a: argparse.Namespace) -> Iterator[Tensor]:
+    """Draw the prompts in batches, or edit in turns; each time images (B, 3, H, W).
 
-
-def _draw_turns(pipeline: Pipeline, a: argparse.Namespace, turns: list[str]) -> Tensor:
-    """Edit in turns, (turns, 3, H, W): first the pictures of --image, then each last result."""
+    The first turn edits the pictures of --image, each other one the last result.
+    """
+    for start in range(0, len(a.prompt), BATCH):
+        prompts = a.prompt[start:start + BATCH]
+        yield pipeline.draw(prompts, a.seed + start, a.steps, progress=True)
     size = pipeline.settings.image_size
     sources = [load_image(path, size)[None] for path in a.image]                # each (1, 3, H, W)
-    results = []
-    for i, instruction in enumerate(turns):
+    for i, instruction in enumerate(a.edit):
         result = pipeline.edit([instruction], sources, a.seed + i, a.steps, progress=True)
-        results.append(result)
+        yield result
         sources = [result]
-    return torch.cat(results)
+
+
+def _draw_pictures(pipeline: Pipeline, a: argparse.Namespace) -> Iterator[str]:
+    """Draw pictures and write each batch before the next is drawn; a line for each picture."""
+    settings, texts, i = pipeline.settings, a.prompt or a.edit, 0
+    for images in _draw_images(pipeline, a):
+        if not images.isfinite().all():
+            raise ValueError(f"{a.model or a.run}: draws values that are no numbers; the weights "
+                             "are damaged or the guidance is too high")
+        for picture in to_pictures(images):
+            name = a.names[i]
+            if name.exists():           # another run has taken the name since the start
+                [name] = _names(a.out, 1)
+            used = {"seed": a.seed + i, "steps": a.steps or settings.steps,
+                    "shift": settings.shift, "guidance": settings.guidance}
+            if a.image:
+                used["image_guidance"] = settings.image_guidance
+            used["model"] = str(a.model or a.run)
+            save_picture(picture, name, prompt=texts[i], settings=used)
+            yield f"{name}\t{texts[i]}"
+            i += 1
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    a = _arguments(argv)
+    for stream in (sys.stdout, sys.stderr):     # a letter that the console lacks ends no run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    a, done, status = _arguments(argv), 0, 1
     try:
+        _check_numbers(a)
         pipeline = _load(a)
-        settings = pipeline.settings
-        turns = [settings.perception_prompt.format(kind=a.kind)] if a.kind else a.edit
-        texts = a.prompt or turns
-        for text in texts + a.ask:
+        if a.kind:
+            a.edit = [pipeline.settings.perception_prompt.replace("{kind}", a.kind)]
+        for text in a.prompt + a.edit + a.ask:
             for warning in pipeline.warnings(text):
                 print(f"warning: {text!r}: {warning}", file=sys.stderr)
-        if not texts:
-            for subject, text in zip(a.describe or a.ask, _write_texts(pipeline, a)):
-                print(f"{subject}\t{text}")
-            return
-        images = _draw_turns(pipeline, a, turns) if turns else _draw_prompts(pipeline, a)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    names = _names(a.out, len(texts))
-    for i, (picture, text, name) in enumerate(zip(to_pictures(images), texts, names)):
-        used = {"seed": a.seed + i, "steps": a.steps or settings.steps, "shift": settings.shift,
-                "guidance": settings.guidance}
-        if turns:
-            used["image_guidance"] = settings.image_guidance
-        used["model"] = str(a.model or a.run)
-        save_picture(picture, name, prompt=text, settings=used)
-        print(f"{name}\t{text}")
+        lines = _draw_pictures(pipeline, a) if a.names else _write_texts(pipeline, a)
+        for line in lines:
+            done += 1
+            print(line, flush=True)
+        return
+    except KeyboardInterrupt:
+        ending, status = "interrupted", 130
+    except BrokenPipeError:                     # the reader is gone, as in `| head`
+        ending = ""
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        ending = f"error: out of memory ({error}); draw fewer or smaller pictures at a time"
+    except (ValueError, OSError) as error:
+        ending = f"error: {error}"
+    if ending and (done or status == 130):
+        kind, where = ("pictures", f", in {a.names[0].parent}") if a.names else ("texts", "")
+        total = len(a.names or a.describe or a.ask)
+        ending += f"; {done} of {total} {kind} are written{where}"
+    try:
+        print(end="", flush=True)
+    except OSError:                             # else Python's own last flush complains
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if status == 1:
+        sys.exit(ending or 1)
+    print(ending, file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

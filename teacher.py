@@ -10,7 +10,6 @@ Run alone to print both embeddings of a pair:   python teacher.py FOLDER PICTURE
 """
 import functools
 import itertools
-import json
 import math
 import re
 import sys
@@ -27,7 +26,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from checkpoint import Checkpoint, Source, load, make_config
+from checkpoint import Checkpoint, Source, load, make_config, read_json
+from data import load_picture
 
 # ---------------------------------------------------------------- pictures -> patches
 
@@ -313,7 +313,8 @@ class QwenVision(nn.Module):
         Raises ValueError naming the file and every tensor that is missing, superfluous or of the
         wrong shape.
         """
-        checkpoint = Checkpoint(path, wanted=("visual.",)).under("visual.")
+        prefixes = "visual.", "model.visual."                # the latter since transformers 4.52
+        checkpoint = Checkpoint(path, wanted=prefixes).under(*prefixes)
         with torch.device("meta"):
             model = cls(vision_config(checkpoint, overrides))
         sources = {name: Source((name,)) for name in model.state_dict()}
@@ -419,17 +420,18 @@ class QwenTokenizer:
             if not file.is_file():
                 raise ValueError(f"{file}: no such file; the tokenizer is vocab.json and "
                                  "merges.txt of Qwen2.5-VL")
+        self.ids = read_json(vocab_file.read_bytes(), str(vocab_file))
         try:
-            self.ids = json.loads(vocab_file.read_text("utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{vocab_file}: not valid JSON ({error})") from error
+            merges = merges_file.read_text("utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{merges_file}: not UTF-8 ({error}); download it again") from error
         self.symbols = byte_symbols()
         for byte, symbol in enumerate(self.symbols):
             if symbol not in self.ids:
                 raise ValueError(f"{vocab_file}: no token for byte {byte}, expected one for each "
                                  "of the 256")
         self.ranks = {}
-        for number, line in enumerate(merges_file.read_text("utf-8").split("\n"), start=1):
+        for number, line in enumerate(merges, start=1):
             if not line or number == 1 and line.startswith("#version"):
                 continue
             pair = tuple(line.split(" "))
@@ -485,14 +487,16 @@ class QwenTeacher(nn.Module):
         """
         vision = QwenVision.from_pretrained(folder, dtype, device, **overrides)
         tokenizer = QwenTokenizer(folder)
-        checkpoint = Checkpoint(folder, wanted=(EMBEDDING,))
-        shape = checkpoint.shape(EMBEDDING)
+        later = "model.language_model."                          # since transformers 4.52
+        checkpoint = Checkpoint(folder, wanted=(EMBEDDING, f"{later}embed_tokens."))
+        checkpoint = checkpoint.under(later, "model.")
+        shape = checkpoint.shape("embed_tokens.weight")
         rows, width = max(tokenizer.ids.values()) + 1, vision.config.out_hidden_size
         if len(shape) != 2 or shape[0] < rows or shape[1] != width:
             raise ValueError(f"{checkpoint.path}: {EMBEDDING} {shape}, expected at least "
                              f"{rows} rows (the ids of vocab.json) "
                              f"of width {width} (the vision encoder's)")
-        return cls(vision, tokenizer, checkpoint.read(EMBEDDING, dtype, device))
+        return cls(vision, tokenizer, checkpoint.read("embed_tokens.weight", dtype, device))
 
     @property
     def out_dim(self) -> int:
@@ -545,7 +549,10 @@ def load_teacher(path: str | Path, dtype: torch.dtype = torch.float32,
 if __name__ == "__main__":
     if len(sys.argv) != 4:
         sys.exit(__doc__)
-    teacher = load_teacher(sys.argv[1])
-    print("tokens", teacher.tokenizer.encode(sys.argv[3]))
-    print("image", teacher.image_features([Image.open(sys.argv[2])]))
-    print("text", teacher.text_features([sys.argv[3]]))
+    try:
+        teacher = load_teacher(sys.argv[1])
+        print("tokens", teacher.tokenizer.encode(sys.argv[3]))
+        print("image", teacher.image_features([load_picture(sys.argv[2])]))
+        print("text", teacher.text_features([sys.argv[3]]))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

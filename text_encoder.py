@@ -8,7 +8,6 @@ Run alone to print the token ids of a text:
     python text_encoder.py SPIECE.MODEL "a photo of a cat"
 """
 import math
-import pickle
 import re
 import sys
 from collections.abc import Sequence
@@ -20,17 +19,37 @@ import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
-from checkpoint import Checkpoint, Source, load, make_config, option
+from checkpoint import Checkpoint, Source, identify, load, make_config, option
 
 
 # ---------------------------------------------------------------- tokenizer
+
+# Below a tokenizer's folder, the repositories of SD3, Flux and others, or a run.
+SPIECE = ("spiece.model", "tokenizer_3/spiece.model", "tokenizer_2/spiece.model",
+          "tokenizer/spiece.model", "tokenizer.model")
+
+
+def find_spiece(path: Path) -> Path:
+    """The sentencepiece model at a path or in a folder. Raises ValueError if there is none."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; expected T5's sentencepiece model (spiece.model)")
+    if not path.is_dir():
+        return path
+    for name in SPIECE:
+        if (path / name).is_file():
+            return path / name
+    fast = " but tokenizer.json, another format which is not read" \
+        if (path / "tokenizer.json").is_file() else ""
+    raise ValueError(f"{path}: this folder has no spiece.model{fast}; expected T5's sentencepiece "
+                     "model, from the same repository or google/t5-v1_1-xxl")
+
 
 class T5Tokenizer:
     """Text to token ids and back.
 
     The sentinels <extra_id_N> follow the sentencepiece model's own ids, in descending order.
 
-    path:       the sentencepiece model (spiece.model)
+    path:       the sentencepiece model (spiece.model), or the folder around it
     padding_id: pads short texts; 1 (</s>) for dual checkpoints, which were trained so, 0 for SD3
     Raises ValueError for a file that is missing, is no sentencepiece model or has other ids than
     0, 1, 2 for <pad>, </s>, <unk>.
@@ -38,15 +57,15 @@ class T5Tokenizer:
     pad_id, eos_id, unk_id = 0, 1, 2
 
     def __init__(self, path: str | Path, sentinels: int = 100, padding_id: int = 1):
-        if not Path(path).is_file():
-            raise ValueError(
-                f"{path}: no such file; expected T5's sentencepiece model (spiece.model)")
+        path = find_spiece(Path(path))
         self.pieces = SentencePieceProcessor()
         try:
-            self.pieces.LoadFromSerializedProto(Path(path).read_bytes())
+            self.pieces.LoadFromSerializedProto(path.read_bytes())
             special = self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id()
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
         except RuntimeError as error:
-            raise ValueError(f"{path}: not a sentencepiece model ({error}); "
+            raise ValueError(f"{path}: not a sentencepiece model but {identify(path) or error}; "
                              "expected T5's spiece.model") from error
         if special != (self.pad_id, self.eos_id, self.unk_id):
             raise ValueError(
@@ -263,13 +282,22 @@ def released_sources(checkpoint: Checkpoint) -> dict[str, Source]:
     embeddings = tuple(name for name in names if name in checkpoint)
     depth = checkpoint.count("encoder.block.{}.")
     if not embeddings or not depth:
-        raise ValueError(
-            f"{checkpoint.path}: no T5 encoder in it; expected shared.weight and encoder.block.*, "
-            "perhaps under text_encoders.t5xxl.transformer., "
-            f"found {', '.join(checkpoint.names()[:4])}")
+        raise checkpoint.unlike(
+            "a T5 text encoder (it is in the SD3 file whose name has t5xxl, or in one of its own)",
+            "no T5 encoder in it; expected shared.weight and encoder.block.*, perhaps under "
+            "text_encoders.t5xxl.transformer.")
+
+    def same(matrix: Tensor, *copies: Tensor) -> Tensor:
+        for copy in copies:
+            if copy.shape != matrix.shape or not (copy.is_meta or torch.equal(copy, matrix)):
+                raise ValueError(f"{checkpoint.path}: {' and '.join(embeddings)} differ, though "
+                                 "both mean T5's embedding: remove the wrong one, or download the "
+                                 "file again")
+        return matrix
+
     bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     sources = {
-        "embedding.weight": Source(embeddings, lambda matrix, *repeated: matrix),
+        "embedding.weight": Source(embeddings, same),
         "relative_bias.weight": Source((bias,)),
         "norm_out.weight": Source(("encoder.final_layer_norm.weight",)),
     }
@@ -294,6 +322,9 @@ def fields_of(checkpoint: Checkpoint, sources: dict[str, Source]) -> dict:
         return checkpoint.shape(sources[name].names[0] if name in sources else name)
 
     vocab_size, dim = shape("embedding.weight")
+    if vocab_size > 200_000:
+        raise ValueError(f"{checkpoint.path}: this is a multilingual T5 (mT5 or UMT5), whose "
+                         f"embedding has {vocab_size} rows: expected T5 v1.1, with 32128")
     buckets, num_heads = shape("relative_bias.weight")
     return {
         "vocab_size": vocab_size,
@@ -310,8 +341,13 @@ def read_mask_token(path: str | Path, dim: int) -> Tensor:
     """Read the vector (dim,) of a .pth file that holds only it, bare or in a dictionary."""
     try:
         vector = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: cannot read a mask token from it ({error})") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read a mask token from it ({error.strerror})") from error
+    except Exception as error:                                   # whatever a broken pickle raises
+        kind = identify(path)
+        reason = str(error).partition("\n")[0] if "pickle" in kind else kind or "unknown content"
+        raise ValueError(f"{path}: cannot read a mask token from it ({reason}); expected a .pth "
+                         "file that holds one vector and no program") from error
     if isinstance(vector, dict) and len(vector) == 1:
         vector = next(iter(vector.values()))
     if not isinstance(vector, Tensor) or vector.shape != (dim,):
@@ -406,7 +442,10 @@ class T5Encoder(nn.Module):
         config = make_config(T5Config, fields, str(checkpoint.path))
         with torch.device("meta"):
             encoder = cls(config)
-        load(encoder, checkpoint, sources, dtype=dtype, device=device)
+        # A whole T5 has a decoder as well.
+        is_whole = "decoder.final_layer_norm.weight" in checkpoint
+        load(encoder, checkpoint, sources, dtype=dtype, device=device,
+             ignored=("decoder.",) if is_whole else ())
         if mask_token is not None:
             if config.mask_id >= config.vocab_size:
                 raise ValueError(f"{checkpoint.path}: mask_id = {config.mask_id}, "
@@ -419,4 +458,7 @@ class T5Encoder(nn.Module):
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    print(T5Tokenizer(sys.argv[1]).encode(sys.argv[2]))
+    try:
+        print(T5Tokenizer(sys.argv[1]).encode(sys.argv[2]))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

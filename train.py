@@ -20,65 +20,30 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from checkpoint import save
 from config import Parts, RunFiles, TrainConfig, parse_arguments, parts_of, write_config
-from data import Batch, BatchOrder, Tasks
+from data import Batch, BatchOrder, Tasks, to_pictures
 from losses import (contrastive_loss, flow_matching_loss, intrinsic_loss, masked_token_loss,
                     total_loss)
 from model import MMDiT, Output
 from muon import Muon
-from run_folder import (Metrics, Progress, check_parts, describe_tasks, encode_all, features_folder,
+from ranks import Ranks, explain, joined_ranks
+from run_folder import (Features, Frozen, Metrics, Progress, Skipped, allowed_skips, check_parts,
+                        check_resume, describe_tasks, encode_all, features_folder, frozen_dtype,
                         load_frozen, load_models, load_optimizers, load_tasks, missing_parts,
                         save_checkpoint, teacher_features, timed)
+from teacher import load_teacher
 from text_encoder import T5Encoder
 from vae import VAE
-
-
-# ---------------------------------------------------------------- ranks
-
-class Ranks(NamedTuple):
-    """This process among those of torchrun."""
-    rank: int
-    world: int
-    device: torch.device
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Average a tensor over the ranks, in place where there are several."""
-        if self.world > 1:
-            dist.all_reduce(x)
-        return x / self.world
-
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
-
-
-def start_ranks() -> Ranks:
-    """Join torchrun's processes, if there are any: NCCL on GPUs, gloo on CPUs."""
-    cuda = torch.cuda.is_available()
-    if "RANK" not in os.environ:
-        return Ranks(0, 1, torch.device("cuda" if cuda else "cpu"))
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    # a day, since the other ranks wait while the first one prepares
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
 # ---------------------------------------------------------------- optimization
@@ -295,23 +260,38 @@ def prepare_apart(config: TrainConfig, run: Path) -> None:
 
 
 def align(dataset: Tasks, config: TrainConfig, parts: Parts, width: int, ranks: Ranks) -> None:
-    """Load the teacher's features: the first rank computes them, the others read its cache."""
-    aligned = [dataset.examples[i] for i in dataset.aligned]
-
-    def load() -> None:
-        if aligned:
-            dataset.features = teacher_features(
-                aligned, parts.teacher, features_folder(config, parts), config.sampling.image_size,
-                width, ranks.device)
-
-    if ranks.first:
-        load()
-    ranks.barrier()
-    if not ranks.first:
-        load()
+    """Cache the teacher's features: each rank computes its shards, then all ranks open all."""
+    if len(dataset.aligned):
+        files = teacher_features(dataset, parts.teacher, features_folder(config, parts), width,
+                                 ranks.device, ranks.rank, ranks.world)
+        ranks.wait("features")
+        dataset.features = Features(files, dataset.aligned)
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def runs_teacher_online(config: TrainConfig, dataset: Tasks) -> bool:
+    """Whether the teacher runs in every step: features of many pairs fill disks, not memory."""
+    if config.teacher_online == "auto":
+        return len(dataset.aligned) > 200_000 and not config.cache_latents
+    if config.teacher_online == "true" and config.cache_latents:
+        raise ValueError("--teacher_online true needs the pictures of every batch; add "
+                         "--cache_latents false")
+    return config.teacher_online == "true"
+
+
+class Reported(Dataset):
+    """A dataset whose ValueErrors are returned: a loader process would add its whole traceback."""
+
+    def __init__(self, dataset: Tasks):
+        self.dataset = dataset
+
+    def __getitems__(self, indices: list[int]) -> Batch | ValueError:
+        try:
+            return self.dataset.__getitems__(indices)
+        except ValueError as error:
+            return error
+
+
+def _as_it_is(batch: Batch | ValueError) -> Batch | ValueError:
     return batch                            # the dataset returns whole batches
 
 
@@ -322,11 +302,22 @@ def _ignore_signals(worker: int) -> None:
 
 
 def load_batches(dataset: Tasks, config: TrainConfig, ranks: Ranks, start: int) -> Iterator[Batch]:
-    """The endless batches of this rank, from batch number `start` on."""
+    """The endless batches of this rank, from batch number `start` on.
+
+    Raises ValueError where the data is at fault, in one line.
+    """
     order = BatchOrder(
         dataset.groups, config.batch_size, config.seed, ranks.rank, ranks.world, start)
-    return iter(DataLoader(dataset, batch_sampler=order, num_workers=config.workers,
-                           collate_fn=_as_it_is, worker_init_fn=_ignore_signals))
+    loader = DataLoader(Reported(dataset), batch_sampler=order, num_workers=config.workers,
+                        collate_fn=_as_it_is, worker_init_fn=_ignore_signals)
+    try:
+        for batch in loader:
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch
+    finally:
+        for process in multiprocessing.active_children():
+            process.kill()                  # they ignore SIGTERM, which exit would wait for
 
 
 @torch.no_grad()
@@ -337,6 +328,13 @@ def batch_latents(batch: Batch, vae: VAE, generator: torch.Generator) -> Tensor:
     images = batch.images.flatten(0, 1)                                     # (B (1 + R), 3, H, W)
     latents = vae.encode(images, sample=True, generator=generator).float()  # (B (1 + R), C, h, w)
     return latents.unflatten(0, batch.images.shape[:2])                     # (B, 1 + R, C, h, w)
+
+
+@torch.no_grad()
+def online_features(batch: Batch, teacher: nn.Module) -> tuple[Tensor, Tensor]:
+    """The teacher's features of a batch, computed in the step; (B, d) of images, of captions."""
+    pictures = to_pictures(batch.images[:, 0])                              # (B, H, W, 3)
+    return teacher.image_features(list(pictures)), teacher.text_features(batch.captions)
 
 
 # ---------------------------------------------------------------- the loop
@@ -354,29 +352,65 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+class Training(NamedTuple):
+    """Everything that the loop works with."""
+    frozen: Frozen
+    dataset: Tasks
+    skipped: Skipped
+    teacher: nn.Module | None               # if it runs in every step
+    model: MMDiT
+    average: MMDiT
+    optimizers: list[torch.optim.Optimizer]
+    progress: Progress                      # where the checkpoint was, if there is one
+    origin: dict[str, object]               # what a resumed run compares
+
+
+def set_up(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> Training:
+    """Load models and data, from the run's newest checkpoint or for a start. Checks come first."""
+    device, files = ranks.device, RunFiles(run)
+    checkpoint = files.newest_checkpoint()
+    frozen = load_frozen(config, parts, device)
+    if not ranks.first:
+        ranks.wait("index")
+    dataset = load_tasks(config, parts, frozen.tokenizer)   # the first rank builds the index
+    if ranks.first:
+        ranks.wait("index")
+        for line in [describe_tasks(dataset), *dataset.records.notes()]:
+            tqdm.write(line)
+    model, average = load_models(config, frozen.tokenizer.vocab_size, checkpoint, device)
+    check_parts(config, model, frozen)
+    skipped = Skipped(files.skipped, allowed_skips(config.max_skipped, len(dataset.records)))
+    if ranks.first:
+        skipped.add(dataset.records.unusable)
+    optimizers = make_optimizers(model, config)
+    origin = {"world": ranks.world, "data": dataset.records.digest,
+              "global_batch": config.batch_size * config.accumulation * ranks.world}
+    progress = Progress()
+    if checkpoint:
+        note = check_resume(checkpoint, **origin, new_data=config.new_data)
+        if note and ranks.first:
+            tqdm.write(note)
+        progress = load_optimizers(optimizers, checkpoint)
+        if progress.step > config.steps:
+            raise ValueError(f"--steps {config.steps}: {checkpoint} has more steps already")
+    teacher = None
+    if config.intrinsic_weight and runs_teacher_online(config, dataset):
+        teacher = load_teacher(parts.teacher, frozen_dtype(config, device), device)
+    elif config.intrinsic_weight:
+        align(dataset, config, parts, model.config.align_dims[1], ranks)
+    if config.cache_latents and progress.step < config.steps:
+        dataset.latents = encode_all(dataset, frozen.vae, device, config.autocast)
+    return Training(frozen, dataset, skipped, teacher, model, average, optimizers, progress, origin)
+
+
 def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
     """Train to config.steps, from the run's newest checkpoint or from the start.
 
     Returns False if SIGINT or SIGTERM stopped it; the run is then saved and can be resumed.
     """
-    device, files = ranks.device, RunFiles(run)
-    checkpoint = files.newest_checkpoint()
-    frozen = load_frozen(config, parts, device)
-    tokenizer, text_encoder, vae = frozen
-    dataset = load_tasks(config, parts, tokenizer)
-    if ranks.first:
-        tqdm.write(describe_tasks(dataset))
-    model, average = load_models(config, tokenizer.vocab_size, checkpoint, device)
-    check_parts(config, model, frozen)
-    if config.intrinsic_weight:
-        align(dataset, config, parts, model.config.align_dims[1], ranks)
-    optimizers = make_optimizers(model, config)
-    progress = Progress()
-    if checkpoint:
-        progress = load_optimizers(optimizers, checkpoint, ranks.world)
-    step = progress.step
-    if config.cache_latents and step < config.steps:
-        dataset.latents = encode_all(dataset, vae, device, config.autocast)
+    (tokenizer, text_encoder, vae), dataset, skipped, teacher, model, average, optimizers, \
+        progress, origin = set_up(config, ranks, parts, run)
+    device, files, step = ranks.device, RunFiles(run), progress.step
     objective = Objective(model, config)
     wrapped = objective
     if ranks.world > 1:
@@ -392,10 +426,15 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
     start = time.time() - progress.seconds
     bar = tqdm(total=config.steps, initial=step, desc="training", unit="step",
                disable=not ranks.first)
-    with caught_signals() as signals:
+    with caught_signals() as signals, contextlib.closing(batches), contextlib.closing(bar):
         while step < config.steps:
+            records: list[str] = []
             for micro in range(config.accumulation):
                 batch = next(batches).to(device)
+                skipped.add(batch.skipped)
+                records += batch.records
+                if teacher is not None and batch.captions and batch.prompts is not None:
+                    batch = batch._replace(features=online_features(batch, teacher))
                 generator = torch.Generator(device)
                 generator.manual_seed(noise_seed(config, step, micro, ranks.rank))
                 latents = batch_latents(batch, vae, generator)              # (B, 1 + R, C, h, w)
@@ -410,9 +449,11 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
                 metrics.add(batch.task, losses)
 
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            if not norm.isfinite():
-                raise SystemExit(f"step {step}: the gradient is not finite ({norm.item()}); lower "
-                                 f"--lr or --muon_lr. The last good checkpoint is in {run}")
+            if not norm.isfinite():                     # on all ranks, since they share gradients
+                shown = ", ".join(sum(ranks.gather(records), []))
+                raise ValueError(f"step {step}: the gradient is not finite ({norm.item()}); lower "
+                                 f"--lr or --muon_lr, or look at the step's records: {shown}. The "
+                                 f"last good checkpoint is {files.newest_checkpoint()}")
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["base_lr"] * learning_rate_scale(step, config)
@@ -423,8 +464,12 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
             bar.update()
 
             if step % config.log_every == 0 or step in (*config.keep, config.steps):
+                count = torch.tensor(float(len(skipped.reasons)), device=device)
+                count = round((ranks.mean(count) * ranks.world).item())
+                skipped.check(count)
+                extra = {"skipped": count} if count else {}
                 line = metrics.write(step, grad_norm=round(norm.item(), 4),
-                                     seconds=round(time.time() - start, 1))
+                                     seconds=round(time.time() - start, 1), **extra)
                 shown = [name for name in ("flow_matching", "masked_token") if name in line]
                 bar.set_postfix({name: f"{line[name]:.3f}" for name in shown})
             if step in config.keep and ranks.first:
@@ -435,41 +480,13 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
                 unfinished = metrics.state()
                 if ranks.first:
                     save_checkpoint(run, step, time.time() - start, model, average, optimizers,
-                                    unfinished, ranks.world)
+                                    unfinished, **origin)
             if stopping:
                 break
-    bar.close()
     return step == config.steps
 
 
 # ---------------------------------------------------------------- command line
-
-def main(argv: list[str] | None = None) -> None:
-    config = parse_arguments(argv, __doc__)
-    run, ranks = Path(config.out), start_ranks()
-    parts = parts_of(config, run)
-    resume = f"python train.py --resume --out {run}"
-    try:
-        ranks.mean(torch.zeros(1, device=ranks.device))     # wait: every rank reads run.json
-        if ranks.first:
-            write_config(config, run)
-            prepare_apart(config, run)
-        ranks.barrier()
-        with timed(run, "model") if ranks.first else contextlib.nullcontext():
-            finished = train(config, ranks, parts, run)
-        if ranks.first and finished:
-            report(run, parts, ranks.device)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"interrupted; continue with: {resume}")
-    finally:
-        if dist.is_initialized() and sys.exc_info()[0] is None:
-            dist.barrier()                                  # no rank leaves before the last message
-            dist.destroy_process_group()
-    if ranks.first and not finished:
-        print(f"stopped at a checkpoint; continue with: {resume}")
-
 
 def report(run: Path, parts: Parts, device: torch.device) -> None:
     """Print what came out; a run on the shapes world is scored first."""
@@ -479,6 +496,34 @@ def report(run: Path, parts: Parts, device: torch.device) -> None:
     print(f"finished: {RunFiles(run).newest_checkpoint()}")
     if parts.test:
         print_next_steps(run)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_arguments(argv, __doc__)
+    run = Path(config.out)
+    resume = f"python train.py --resume --out {run}"
+    try:
+        with joined_ranks() as ranks:
+            ranks.wait("arguments")                         # every rank has read run.json
+            if ranks.first:
+                write_config(config, run)
+                prepare_apart(config, run)
+            ranks.wait("parts")
+            parts = parts_of(config, run)
+            with timed(run, "model") if ranks.first else contextlib.nullcontext():
+                finished = train(config, ranks, parts, run)
+            if ranks.first and finished:
+                report(run, parts, ranks.device)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if message := explain(error):
+            sys.exit(f"error: {message}")
+        raise
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted; continue with: {resume}")
+    if ranks.first and not finished:
+        print(f"stopped at a checkpoint; continue with: {resume}")
 
 
 if __name__ == "__main__":

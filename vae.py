@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from checkpoint import Checkpoint, Source, load, make_config, option
+from checkpoint import Checkpoint, Source, load, make_config, note, option
+from data import load_picture
 
 
 @dataclass
@@ -224,6 +225,7 @@ DIFFUSERS_CONFIG = {
     "mid_block_add_attention": "mid_attention",
 }
 FIRST_CONV = "encoder.levels.0.blocks.0.conv1.weight"            # only in the project's own layout
+FLUX = {"scale": 0.3611, "shift": 0.1159}                        # its autoencoder has SD3's tensors
 
 
 def _as_linear(*parts: Tensor) -> Tensor:
@@ -243,10 +245,10 @@ def source_of(name: str, checkpoint: Checkpoint) -> Source:
         last = checkpoint.count("decoder.up.{}.") - 1
         name = re.sub(r"(?<=^decoder\.levels\.)\d+", lambda match: str(last - int(match[0])), name)
     else:
-        raise ValueError(
-            f"{checkpoint.path}: not an SD3 autoencoder in a known layout; expected "
-            "encoder.down_blocks.*, first_stage_model.encoder.down.* or encoder.levels.*, "
-            f"found {', '.join(checkpoint.names()[:4])}")
+        raise checkpoint.unlike(
+            "an autoencoder",
+            "not an SD3 autoencoder in a known layout; expected encoder.down_blocks.*, "
+            "first_stage_model.encoder.down.* or encoder.levels.*")
     as_linear = re.search(r"attention\.(qkv|out)\.", name)
     for own, theirs in renames.items():
         name = re.sub(own, theirs, name)
@@ -275,8 +277,32 @@ def fields_of(checkpoint: Checkpoint) -> dict:
     }
     given = checkpoint.config
     if FIRST_CONV not in checkpoint:
+        if fields["latent_channels"] == 4:
+            raise ValueError(f"{checkpoint.path}: this is the autoencoder of Stable Diffusion 1, 2 "
+                             "or XL, with 4 latent channels: expected that of Stable Diffusion 3, "
+                             "with 16")
         given = {own: given[theirs] for theirs, own in DIFFUSERS_CONFIG.items() if theirs in given}
+        if "scale" in given:
+            given = {"shift": 0.0} | given                       # diffusers: none unless it is said
     return fields | given
+
+
+def constants(whole: Checkpoint, fields: dict) -> dict:
+    """The constants that neither shapes nor a configuration show: from the transformer beside.
+
+    whole: the checkpoint, an autoencoder alone or together with a transformer
+    Says which ones are guessed, if there is no transformer either.
+    """
+    missing = {"scale", "shift", "norm_groups"} - fields.keys()
+    if whole.matches(r"\bdouble_blocks\."):
+        return {name: value for name, value in FLUX.items() if name in missing}
+    if missing and not whole.matches(r"\bjoint_blocks\."):
+        default = VAEConfig()
+        guesses = ", ".join(f"{name} {getattr(default, name)}" for name in sorted(missing))
+        note(f"{whole.path}: a guess, as the file does not say: {guesses}, those of Stable "
+             "Diffusion 3; the autoencoder of Flux looks the same and needs "
+             f"scale={FLUX['scale']}, shift={FLUX['shift']}, or its folder with config.json")
+    return {}
 
 
 # ---------------------------------------------------------------- the model
@@ -349,11 +375,14 @@ class VAE(nn.Module):
 
         path:      a diffusers folder, the repository around it, an SD3 single file or a file that
                    this project wrote
-        overrides: fields of VAEConfig; a single file needs norm_groups unless it has 32 groups
+        overrides: fields of VAEConfig; a file without a configuration needs scale and shift unless
+                   they are SD3's, and norm_groups unless it has 32 groups
         Raises ValueError naming the file and the tensors or fields that do not fit.
         """
-        checkpoint = Checkpoint(path, subfolders=("vae",)).under("first_stage_model.")
+        whole = Checkpoint(path, subfolders=("vae",))
+        checkpoint = whole.under("first_stage_model.", "vae.")
         fields = fields_of(checkpoint) | overrides
+        fields |= constants(whole, fields)
         config = make_config(VAEConfig, fields, str(checkpoint.path))
         with torch.device("meta"):
             vae = cls(config)
@@ -364,7 +393,7 @@ class VAE(nn.Module):
 def reconstruct(checkpoint: str, file: str, out: str | None = None) -> None:
     """Encode and decode a picture, cropped to whole latent pixels; print the PSNR, write `out`."""
     vae = VAE.from_pretrained(checkpoint)
-    picture = np.array(Image.open(file).convert("RGB"))          # (H, W, 3)
+    picture = np.array(load_picture(file))                       # (H, W, 3)
     height, width = (side - side % vae.downscale for side in picture.shape[:2])
     picture = torch.from_numpy(picture[:height, :width])
     images = picture.permute(2, 0, 1)[None] / 127.5 - 1          # (1, 3, H, W)
@@ -380,4 +409,7 @@ def reconstruct(checkpoint: str, file: str, out: str | None = None) -> None:
 if __name__ == "__main__":
     if len(sys.argv) not in (3, 4):
         sys.exit(__doc__)
-    reconstruct(*sys.argv[1:])
+    try:
+        reconstruct(*sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -54,13 +54,13 @@ def train_tokenizer(texts: list[str], path: Path) -> None:
     own, so that "circle?" and "circle" share a token and the model learns its meaning once.
     """
     model = io.BytesIO()
-    with tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:
-        rules.write(normalization_rule("?", " ?"))
-        rules.flush()
+    with tempfile.TemporaryDirectory() as folder:       # sentencepiece opens the file by its name
+        rules = Path(folder) / "rules.tsv"
+        rules.write_text(normalization_rule("?", " ?"))
         SentencePieceTrainer.train(
             sentence_iterator=iter(texts), model_writer=model, model_type="word",
             vocab_size=1000, hard_vocab_limit=False, character_coverage=1.0,
-            normalization_rule_tsv=rules.name,
+            normalization_rule_tsv=str(rules),
             pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
     write_atomically(path, lambda file: file.write_bytes(model.getvalue()))
 

@@ -40,10 +40,11 @@ def test_a_stage_without_the_one_before(tmp_path, monkeypatch, capsys):
 def test_names_of_the_files_of_a_run(tmp_path):
     files = RunFiles(str(tmp_path))
     assert files.folder == tmp_path
-    names = {"config": "run.json", "metrics": "metrics.jsonl", "seconds": "seconds.json",
-             "scores": "scores.json", "report": "report.html", "world": "data",
-             "tokenizer": "tokenizer.model", "text_encoder": "text_encoder.safetensors",
-             "vae": "vae.safetensors", "teacher": "teacher"}
+    names = {"config": "run.json", "metrics": "metrics.jsonl", "skipped": "skipped.jsonl",
+             "seconds": "seconds.json", "scores": "scores.json", "report": "report.html",
+             "world": "data", "tokenizer": "tokenizer.model",
+             "text_encoder": "text_encoder.safetensors", "vae": "vae.safetensors",
+             "teacher": "teacher"}
     assert vars(files) == {"folder": tmp_path} | {key: tmp_path / n for key, n in names.items()}
     assert files.checkpoint(35_000) == tmp_path / "checkpoint-00035000"
     assert files.kept(7) == tmp_path / "kept-00000007.safetensors"
@@ -68,6 +69,39 @@ def test_checkpoints_and_samples_of_a_run(tmp_path):
     assert files.all_samples() == [files.samples(), files.samples("edits"), files.samples("pose")]
 
 
+def test_other_folders_are_no_checkpoints(tmp_path):
+    """checkpoint- and a number is ours, compared as a number; all else is the user's."""
+    files = RunFiles(tmp_path)
+    for name in ("checkpoint-best", "checkpoint-00000007-copy", "checkpoint-", "checkpoint-1e3",
+                 "checkpoint-99999999", "checkpoint-100000000", "my-checkpoint-200000000"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ema.safetensors").touch()
+    (tmp_path / "checkpoint-300000000").touch()                 # a file
+    (tmp_path / "checkpoint-400000000").mkdir()                 # without averaged weights
+    names = ["checkpoint-99999999", "checkpoint-100000000", "checkpoint-400000000"]
+    assert [folder.name for folder in files.checkpoints()] == names
+    assert files.averaged_weights() == tmp_path / "checkpoint-100000000" / "ema.safetensors"
+
+
+def test_run_json_keeps_paths_that_work_from_any_folder(tmp_path, monkeypatch):
+    """Absolute; where the parts were moved together with the run, by the same way from it."""
+    (tmp_path / "here" / "parts").mkdir(parents=True)
+    for name in ("vae.safetensors", "a.jsonl", "b.jsonl"):
+        (tmp_path / "here" / "parts" / name).touch()
+    monkeypatch.chdir(tmp_path / "here")
+    config = TrainConfig(vae_path="parts/vae.safetensors", data="parts/a.jsonl,parts/b.jsonl")
+    write_config(config, Path("runs/one"))
+    monkeypatch.chdir(tmp_path)
+    parts = tmp_path / "here" / "parts"
+    read = read_config(Path("here/runs/one/run.json"))
+    assert read.vae_path == str(parts / "vae.safetensors") and read.t5_path == ""
+    assert read.data == f"{parts / 'a.jsonl'},{parts / 'b.jsonl'}"
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = read_config(Path("there/runs/one/run.json"))
+    assert moved.vae_path == str(tmp_path / "there" / "parts" / "vae.safetensors")
+    assert moved.data == f"{tmp_path}/there/parts/a.jsonl,{tmp_path}/there/parts/b.jsonl"
+
+
 def test_parts_lie_in_the_run_unless_they_are_named(tmp_path):
     files = RunFiles(tmp_path)
     own = parts_of(TrainConfig(), tmp_path)
@@ -86,7 +120,8 @@ def test_parts_lie_in_the_run_unless_they_are_named(tmp_path):
 def test_run_json_keeps_the_configuration(tmp_path, name):
     config = dataclasses.replace(PRESETS[name], keep=(1, 20))
     write_config(config, tmp_path / "run")
-    assert read_config(tmp_path / "run" / "run.json") == config
+    kept = read_config(tmp_path / "run" / "run.json")
+    assert kept == dataclasses.replace(config, out=str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("content, words", [
@@ -173,8 +208,27 @@ def test_a_run_is_never_overwritten(finished, capsys):
     assert "--resume" in capsys.readouterr().err
     assert RunFiles(finished).scores.read_bytes() == before
     with pytest.raises(SystemExit):
-        parse_arguments(["--resume", "--out", str(finished), "--steps", "9"])
-    assert "--steps" in capsys.readouterr().err
+        parse_arguments(["--resume", "--out", str(finished), "--lr", "1e-4"])
+    assert "--lr" in capsys.readouterr().err
+
+
+def test_a_resumed_run_may_change_little(finished):
+    """It may train longer, and keep its global batch on other ranks; all else is as it was."""
+    before = read_config(RunFiles(finished).config)
+    config = parse_arguments(["--resume", "--out", str(finished), "--steps", "9", "--batch_size",
+                              "2", "--accumulation", "2", "--new_data", "true"])
+    changed = dataclasses.replace(
+        before, out=str(finished), steps=9, batch_size=2, accumulation=2, new_data=True)
+    assert config == changed
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "vae.safetensors", "checkpoint-00000007", "data"])
+def test_files_of_the_user_are_not_taken_for_a_run(tmp_path, capsys, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(SystemExit):
+        parse_arguments([*QUICK, "--out", str(tmp_path)])
+    assert name in capsys.readouterr().err
 
 
 def test_resume_without_a_run(tmp_path, capsys):
@@ -185,3 +239,41 @@ def test_resume_without_a_run(tmp_path, capsys):
 
 def test_defaults_are_the_released_models():
     assert SampleSettings() == SampleSettings(512, 256, 0, 1, 28, 7.0, 1.0, 3.0, 64)
+
+
+# ---------------------------------------------------------------- ranges and effects
+
+@pytest.mark.parametrize("option, value", [
+    ("prompt_dropout", "10"), ("prompt_dropout", "-0.1"), ("ema", "1.5"), ("ema", "1"),
+    ("beta2", "1"), ("lr", "inf"), ("lr", "nan"), ("lr", "0"), ("muon_lr", "-1"), ("clip", "0"),
+    ("warmup", "-1"), ("workers", "-1"), ("max_skipped", "2"), ("sigma_mean", "inf"),
+    ("text_weight", "nan"), ("cross_temperature", "0"), ("intrinsic_weight", "-0.1"),
+    ("align_depth", "0"), ("log_every", "0"), ("save_every", "0"), ("ema_every", "0"),
+    ("sampling.guidance", "nan"), ("sampling.steps", "0"), ("sampling.shift", "0"),
+    ("sampling.padding_id", "2"), ("sampling.text_length", "1"), ("keep", "0,5"),
+    ("teacher_online", "perhaps"), ("train_scenes", "-1")])
+def test_numbers_have_ranges(tmp_path, capsys, option, value):
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments([f"--{option}", value, "--out", str(tmp_path / "new")])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and f"--{option}" in error and "expected" in error
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["--muon_lr", "0", "--muon_every", "2"], "--muon_every"),
+    (["--cross_weight", "0", "--cross_temperature", "0.1"], "--cross_temperature"),
+    (["--cross_weight", "0", "--cross_unseen", "true"], "--cross_unseen"),
+    (["--intrinsic_weight", "0", "--align_depth", "1"], "--align_depth"),
+    (["--mask_token", "x.pth"], "--mask_token"), (["--new_data", "true"], "--new_data"),
+    (["--model.vocab_size", "99"], "--model.vocab_size"),
+    (["--text_encoder.mask_id", "9"], "--text_encoder.mask_id")])
+def test_an_option_without_effect_is_an_error(tmp_path, capsys, arguments, named):
+    with pytest.raises(SystemExit):
+        parse_arguments([*arguments, "--out", str(tmp_path / "new")])
+    assert f"{named} has no effect" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [-5, 2 ** 63, 12345678901234567890123456789])
+def test_any_integer_is_a_seed(tmp_path, seed):
+    config = parse_arguments(["--seed", str(seed), "--out", str(tmp_path / "new")])
+    assert 0 <= config.seed < 2 ** 63 and config.seed == seed % 2 ** 63

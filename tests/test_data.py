@@ -1,4 +1,4 @@
-"""data.py: every record format, pictures of cameras and the web, groups, order of batches."""
+"""data.py: pictures of cameras and the web, groups, batches, their order."""
 import collections
 import itertools
 import json
@@ -8,16 +8,19 @@ import runpy
 import struct
 import subprocess
 import sys
+import unicodedata
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, TiffImagePlugin
 
 import data
-from data import (Batch, BatchOrder, Example, Group, Tasks, load_image, parse_weights,
-                  prompt_length, read_jsonl, to_pictures)
+from conftest import TESTS
+from data import (Batch, BatchOrder, Example, Group, Tasks, load_image, load_picture,
+                  open_records, parse_weights, prompt_length, read_jsonl, to_pictures)
+from text_encoder import T5Tokenizer
 
 
 @pytest.fixture
@@ -41,135 +44,8 @@ def says(who, value):
     return {"from": who, "value": value}
 
 
-A, B, C = (f"images/{name}.png" for name in "abc")
+A = "images/a.png"
 PAIR = {"image": [A], "conversations": [says("human", " a cat "), says("gpt", "<image>")]}
-
-
-# ---------------------------------------------------------------- records
-
-def named(record, task):
-    return record if task is None else {"task": task} | record
-
-
-@pytest.mark.parametrize("task", [None, "", "drawings"])
-@pytest.mark.parametrize("turns", [
-    [says("human", " a cat \n"), says("gpt", "<image>")],
-    [" a cat \n", "<image>"]])
-def test_text_to_image(folder, turns, task):
-    record = named({"image": [A], "conversations": turns}, task)
-    assert read_jsonl(write(folder, record)) == [
-        Example(task or "text_to_image", folder / A, (), "a cat", "", "a cat")]
-
-
-@pytest.mark.parametrize("task", [None, "edits"])
-@pytest.mark.parametrize("turns", [
-    ["a dog", "<image>"],
-    [says("human", "a dog"), says("gpt", "<image>")],
-    ["a dog"]])
-def test_image_to_image(folder, turns, task):
-    record = {"image": [A, B], "conversations": turns, "instruction": " make it a dog "}
-    kind = task or "image_to_image"
-    assert read_jsonl(write(folder, named(record, task))) == [
-        Example(kind, folder / B, (folder / A,), "make it a dog", "", "a dog")]
-
-
-def test_image_to_image_of_several_sources_and_without_a_caption(folder):
-    record = {"image": [A, B, C], "conversations": [says("human", "")],
-              "instruction": "x", "task": "edges"}
-    assert read_jsonl(write(folder, record)) == [
-        Example("edges", folder / C, (folder / A, folder / B), "x", "", "")]
-
-
-@pytest.mark.parametrize("task", [None, "personalisation"])
-def test_composition_with_any_number_of_references(folder, task):
-    records = [
-        {"original_images": [A, B, C], "generated_images": ["images/d.png"],
-         "edit_prompt": " all three ", "caption": " three "},
-        {"original_images": [C], "generated_images": [A], "edit_prompt": "one"},
-        {"original_images": [], "generated_images": [B], "edit_prompt": "none", "caption": "zero"}]
-    a, b, c, d = (folder / f"images/{name}.png" for name in "abcd")
-    kind = task or "image_to_image"
-    assert read_jsonl(write(folder, *(named(record, task) for record in records))) == [
-        Example(kind, d, (a, b, c), "all three", "", "three"),
-        Example(kind, a, (c,), "one", "", ""),
-        Example(task or "text_to_image", b, (), "none", "", "zero")]    # prompt and caption differ
-
-
-@pytest.mark.parametrize("task", [None, "quiz"])
-@pytest.mark.parametrize("plain", [False, True])
-def test_questions(folder, plain, task):
-    turns = ["<image>\nWhat is it?", "A cat.", "What colour?\n<image>", "Red."]
-    if not plain:
-        turns = [says(("human", "gpt")[i % 2], text) for i, text in enumerate(turns)]
-    record = named({"image": [B], "conversations": turns}, task)
-    assert read_jsonl(write(folder, record)) == [
-        Example(task or "questions", folder / B, (), None, "What is it?", "A cat."),
-        Example(task or "questions", folder / B, (), None, "What colour?", "Red.")]
-
-
-def test_mixed_file_with_blank_lines_keeps_the_order(folder):
-    edit = {"image": [A, B], "conversations": ["b"], "instruction": "i"}
-    examples = read_jsonl(write(folder, PAIR, "", edit, "   ", PAIR))
-    assert [e.task for e in examples] == ["text_to_image", "image_to_image", "text_to_image"]
-
-
-def test_absolute_paths(folder, tmp_path_factory):
-    elsewhere = write(tmp_path_factory.mktemp("elsewhere"), PAIR | {"image": [str(folder / A)]})
-    assert read_jsonl(elsewhere)[0].image == folder / A
-
-
-@pytest.mark.parametrize("text", ["naïve 猫", "line\u2028separator", "next\x85line"])
-def test_captions_of_any_characters(folder, text):
-    path = write(folder, PAIR | {"conversations": [text, "<image>"]})
-    assert read_jsonl(path)[0].caption == text
-
-
-@pytest.mark.parametrize("bad, words", [
-    ("{'image': 1}", "not valid JSON"),
-    ('{"image": ["images/a.png"], ', "not valid JSON"),
-    ("[1, 2]", "formats"),
-    ("3", "formats"),
-    ({"conversations": ["a", "<image>"]}, "the key 'image' is missing"),
-    ({"image": [A]}, "the key 'conversations' is missing"),
-    ({"image": [A], "conversations": [{"from": "human"}, "<image>"]}, "the key 'value' is missing"),
-    ({"original_images": [A], "edit_prompt": "x"}, "the key 'generated_images' is missing"),
-    ({"original_images": [A], "generated_images": [B]}, "the key 'edit_prompt' is missing"),
-    ({"original_images": [A], "generated_images": [], "edit_prompt": "x"}, "formats"),
-    ({"image": ["images/z.png"], "conversations": ["a", "<image>"]}, "no such picture"),
-    ({"image": ["images/z.png", A], "conversations": ["a"], "instruction": "x"}, "z.png"),
-    ({"original_images": [A, "images/y.png"], "generated_images": [B], "edit_prompt": "x"},
-     "y.png"),
-    ({"image": [A, B], "conversations": ["a", "<image>"]}, "has 2 pictures and no instruction"),
-    ({"image": [], "conversations": ["a", "<image>"]}, "has 0 pictures"),
-    ({"image": [A], "conversations": ["a"], "instruction": "x"}, "1 picture(s), expected sources"),
-    ({"image": [A], "conversations": ["q", "a", "q"]}, "3 turns"),
-    ({"image": [A], "conversations": ["q", "a", "q", ""]}, "4 turns"),
-    ({"image": [A], "conversations": []}, "formats"),
-    ({"image": [A], "conversations": "a cat"}, "formats"),
-    ({"image": [A], "conversations": "abcd"}, "formats"),
-    ({"image": [A], "conversations": [None, "<image>"]}, "formats"),
-    ({"image": A, "conversations": ["a", "<image>"]}, "formats"),
-    (PAIR | {"task": 3}, "'task' is 3, expected a name"),
-    (PAIR | {"task": ["edits"]}, "'task' is ['edits'], expected a name"),
-])
-def test_errors_name_the_line(folder, bad, words):
-    path = write(folder, PAIR, "", bad)
-    with pytest.raises(ValueError, match=re.escape(words)) as error:
-        read_jsonl(path)
-    assert f"{path}, line 3: " in str(error.value)
-
-
-def test_empty_and_missing_file(folder):
-    with pytest.raises(ValueError, match="records.jsonl: no records"):
-        read_jsonl(write(folder, "", "  "))
-    with pytest.raises(ValueError, match="none.jsonl: no such file"):
-        read_jsonl(folder / "none.jsonl")
-
-
-def test_a_file_that_is_not_text(folder):
-    (folder / "records.jsonl").write_bytes(json.dumps(PAIR).encode() + b"\n\xff\xfe\n")
-    with pytest.raises(ValueError, match="records.jsonl"):
-        read_jsonl(folder / "records.jsonl")
 
 
 # ---------------------------------------------------------------- pictures and images
@@ -339,6 +215,253 @@ def test_unreadable_pictures(tmp_path, content):
         load_image(path, 32)
 
 
+# ---------------------------------------------------------------- pixels mean what they say
+
+def profile(space, curve=1.0, columns="rgb"):
+    """A colour profile of sRGB's primaries, or of grey, with one gamma.
+
+    columns: the primaries in another order make a profile that exchanges colours.
+    """
+    def number(x):
+        return struct.pack(">i", round(x * 2 ** 16))
+
+    primaries = {"r": (0.4360, 0.2225, 0.0139), "g": (0.3851, 0.7169, 0.0971),
+                 "b": (0.1431, 0.0606, 0.7141)}
+
+    def xyz(values):
+        return b"XYZ \0\0\0\0" + b"".join(map(number, values))
+
+    gamma = b"curv\0\0\0\0" + struct.pack(">IHH", 1, round(curve * 256), 0)
+    tags = {b"wtpt": xyz((0.9642, 1.0, 0.8249)), b"desc": b"desc" + b"\0" * 8 + b"\0" * 84}
+    if space == b"GRAY":
+        tags[b"kTRC"] = gamma
+    else:
+        for name, column in zip("rgb", columns):
+            tags[f"{name}XYZ".encode()] = xyz(primaries[column])
+            tags[f"{name}TRC".encode()] = gamma
+    return icc(space, b"XYZ ", tags)
+
+
+def icc(space, connection, tags):
+    """The bytes of a profile (version 2) with these tags."""
+    table, content, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, value in tags.items():
+        table += name + struct.pack(">II", start + len(content), len(value))
+        content += value
+    kind = b"prtr" if space == b"CMYK" else b"mntr"
+    header = struct.pack(
+        ">I4sI4s4s4s12s4s28s", start + len(content), b"lcms", 0x02400000, kind, space, connection,
+        b"\x07\xe8" + b"\0\1" * 5, b"acsp", b"\0" * 28)
+    white = b"".join(struct.pack(">i", round(x * 2 ** 16)) for x in (0.9642, 1.0, 0.8249))
+    return header + white + b"\0" * (128 - len(header) - len(white)) + table + content
+
+
+def ink_profile():
+    """A CMYK profile in which any ink is black."""
+    grid = b"".join(b"\xff\x80\x80" if corner == 0 else b"\0\x80\x80" for corner in range(16))
+    line = bytes(range(256))
+    table = (b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + b"".join(
+        struct.pack(">i", 2 ** 16 * (k % 4 == 0)) for k in range(9)) + 4 * line + grid + 3 * line)
+    return icc(b"CMYK", b"Lab ", {
+        b"A2B0": table, b"wtpt": b"XYZ \0\0\0\0" + struct.pack(">iii", 63190, 65536, 54061),
+        b"desc": b"desc" + b"\0" * 92})
+
+
+LINEAR_128 = 188                            # half of the light, in sRGB
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.webp", "x.tif"])
+def test_colour_profiles(tmp_path, name):
+    red = Image.new("RGB", (8, 8), (255, 0, 0))
+    path = tmp_path / name
+    exchanged = loaded(red, path, 8, icc_profile=profile(b"RGB ", 2.2, "grb"), quality=100)
+    close(exchanged[4, 4], [0, 255, 0], atol=3)
+    grey = Image.new("RGB", (8, 8), (128,) * 3)
+    close(loaded(grey, path, 8, icc_profile=profile(b"RGB "), quality=100), LINEAR_128, atol=2)
+
+
+def test_the_profile_of_srgb_changes_nothing(tmp_path):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    pixels = random_pixels(16, 16)
+    close(loaded(Image.fromarray(pixels), tmp_path / "x.png", 16, icc_profile=srgb), pixels, atol=1)
+
+
+@pytest.mark.parametrize("space", [b"GRAY", b"RGB "])
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.tif"])
+def test_colour_profiles_of_grey(tmp_path, name, space):
+    """A grey picture may have a profile of colours, too."""
+    grey = Image.new("L", (8, 8), 128)
+    close(loaded(grey, tmp_path / name, 8, icc_profile=profile(space)), LINEAR_128, atol=2)
+
+
+def test_colour_profiles_with_alpha_palettes_and_sixteen_bits(tmp_path):
+    exchanged = profile(b"RGB ", 2.2, "grb")
+    half = Image.new("RGBA", (2, 2), (255, 0, 0, 128))
+    pixel = loaded(half, tmp_path / "rgba.png", 2, icc_profile=exchanged)[0, 0]
+    close(pixel, over_white(np.array([0, 255, 0]), 128), atol=2)
+    palette = Image.new("P", (2, 2), 0)
+    palette.putpalette([255, 0, 0])
+    close(loaded(palette, tmp_path / "p.png", 2, icc_profile=exchanged)[0, 0], [0, 255, 0], atol=2)
+    light = profile(b"GRAY")
+    deep = Image.fromarray(np.full((2, 2), 128 * 257, np.uint16))
+    close(loaded(deep, tmp_path / "16.png", 2, icc_profile=light), LINEAR_128, atol=2)
+    la = Image.new("LA", (2, 2), (128, 255))
+    close(loaded(la, tmp_path / "la.png", 2, icc_profile=light), LINEAR_128, atol=2)
+
+
+def test_colour_profiles_of_inks(tmp_path):
+    red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    for name in ("x.tif", "x.jpg"):
+        black = loaded(red, tmp_path / name, 8, icc_profile=ink_profile())
+        assert black.max() < 10
+        paper = Image.new("CMYK", (8, 8), 0)
+        assert loaded(paper, tmp_path / name, 8, icc_profile=ink_profile()).min() > 245
+
+
+@pytest.mark.parametrize("broken", [
+    b"nonsense", profile(b"RGB ")[:200], profile(b"GRAY"), ink_profile(), profile(b"RGB ")[:128],
+    b"\0" * 300], ids=["text", "cut off", "of grey", "of inks", "no tags", "zeros"])
+def test_profiles_that_are_broken_or_of_other_colours_are_ignored(tmp_path, broken):
+    pixels = random_pixels(8, 8)
+    close(loaded(Image.fromarray(pixels), tmp_path / "x.png", 8, icc_profile=broken), pixels)
+
+
+def test_lab(tmp_path):
+    lab = Image.merge("LAB", [Image.new("L", (4, 4), value) for value in (138, 128, 128)])
+    assert np.ptp(loaded(lab, tmp_path / "x.tif", 4)) < 3       # grey
+    close(loaded(lab, tmp_path / "x.tif", 4), 129, atol=4)      # of L* = 54
+
+
+def test_sixteen_bits_are_rounded(tmp_path):
+    values = np.array([[0, 128], [129, 65535 - 128]], np.uint16)
+    for name in ("x.png", "x.tif", "x.jp2", "x.pgm"):
+        options = {"irreversible": False} if name == "x.jp2" else {}
+        pixels = loaded(Image.fromarray(values), tmp_path / name, 2, **options)[..., 0]
+        close(pixels, [[0, 0], [1, 255]])
+
+
+def test_transparent_grey_of_sixteen_bits(tmp_path):
+    values = np.array([[0, 500], [501, 65535]], np.uint16)
+    pixels = loaded(Image.fromarray(values), tmp_path / "x.png", 2, transparency=501)[..., 0]
+    close(pixels, [[0, 2], [255, 255]])
+
+
+def tiff(values, bits, kind, photometric=1):
+    """A TIFF of one row. kind: 1 unsigned, 2 signed, 3 float; values: its bytes."""
+    width = len(values) * 8 // bits
+    tags = [(256, 4, width), (257, 4, 1), (258, 3, bits), (259, 3, 1), (262, 3, photometric),
+            (273, 4, 8), (277, 3, 1), (278, 4, 1), (279, 4, len(values)), (339, 3, kind)]
+    entries = b"".join(struct.pack("<HHII", tag, code, 1, value) for tag, code, value in tags)
+    end = struct.pack("<H", len(tags)) + entries + b"\0\0\0\0"
+    return b"II*\0" + struct.pack("<I", 8 + len(values)) + values + end
+
+
+def pixels_of(path, content):
+    path.write_bytes(content)
+    return np.asarray(load_picture(path))[0, :, 0].tolist()
+
+
+@pytest.mark.parametrize("values, bits, kind, photometric, expected", [
+    (np.array([0, 0.5, 1], "<f4"), 32, 3, 1, [0, 128, 255]),
+    (np.array([0, 0.5, 1], "<f4"), 32, 3, 0, [255, 128, 0]),
+    (np.array([0, 25700, 65535], "<i4"), 32, 1, 1, [0, 100, 255]),
+    (np.array([0, 25700, 65535], "<i4"), 32, 2, 1, [0, 100, 255]),
+    (np.array([0, 25700, 32767], "<i2"), 16, 2, 1, [0, 100, 127]),
+    (np.array([0, 25700, 65535], "<u2"), 16, 1, 1, [0, 100, 255]),
+    (np.array([0, 25700, 65535], "<u2"), 16, 1, 0, [255, 155, 0]),
+    (bytes([0x00, 0x08, 0x00, 0xff, 0xf0, 0x00]), 12, 1, 1, [0, 128, 255, 0]),
+    (np.array([0, 100, 255], "u1"), 8, 1, 0, [255, 155, 0])])
+def test_tiffs_of_known_range(tmp_path, values, bits, kind, photometric, expected):
+    content = values if isinstance(values, bytes) else values.tobytes()
+    pixels = pixels_of(tmp_path / "x.tif", tiff(content, bits, kind, photometric))
+    close(pixels, expected, atol=1 if bits == 12 else 0.1)
+
+
+@pytest.mark.parametrize("values, kind, words", [
+    (np.array([0, 0.5, 255], "<f4"), 3, "the values are 0 to 255, expected 0 to 1"),
+    (np.array([-0.1, 0.5, 1], "<f4"), 3, "the values are -0.1 to 1, expected 0 to 1"),
+    (np.array([0, np.nan, 1], "<f4"), 3, "the values are nan to nan"),
+    (np.array([0, np.inf, 1], "<f4"), 3, "the values are 0 to inf"),
+    (np.array([0, 65536], "<i4"), 2, "the values are 0 to 65536, expected 0 to 65535"),
+    (np.array([-1, 3000], "<i4"), 2, "the values are -1 to 3000, expected 0 to 65535"),
+    (np.array([0, 2 ** 32 - 1], "<u4"), 1, "expected 0 to 65535"),
+    (np.array([0, 255], "<i4"), 2, "the values are 0 to 255 of 32 bits: 8 bits or 16 bits?")])
+def test_tiffs_of_unknown_range(tmp_path, values, kind, words):
+    path = tmp_path / "x.tif"
+    path.write_bytes(tiff(values.tobytes(), 32, kind))
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        load_image(path, 4)
+    assert str(error.value).startswith(f"{path}: cannot be read as a picture (the values are")
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp", "x.tif"])
+def test_broken_exif_turns_no_picture_away(tmp_path, name, orientation):
+    """Phones write fractions such as 0/0 and -2/0, which Pillow cannot write again."""
+    pixels, exif = np.zeros((8, 12, 3), np.uint8), Image.Exif()
+    pixels[:, 6:] = 255
+    exif[0x0112] = orientation
+    exif.get_ifd(0x8769)[0x829a] = TiffImagePlugin.IFDRational(0, 0)        # exposure time
+    exif.get_ifd(0x8769)[0x9204] = TiffImagePlugin.IFDRational(1234, 77)    # exposure bias
+    path = tmp_path / name
+    Image.fromarray(pixels).save(path, exif=exif.tobytes(), quality=100)
+    if name in ("x.jpg", "x.webp"):                             # without a checksum
+        content, bias = path.read_bytes(), struct.pack(">ii", 1234, 77)
+        assert bias in content
+        path.write_bytes(content.replace(bias, struct.pack(">ii", -2, 0)))
+    shown = np.asarray(load_picture(path)).astype(int)
+    assert shown.shape == ((8, 12, 3) if orientation == 1 else (12, 8, 3))
+    assert shown[0, 0, 0] < 10 and shown[-1, -1, 0] > 245
+
+
+def test_exif_that_is_no_exif(tmp_path):
+    pixels = random_pixels(8, 8)
+    for junk in (b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0" + b"\xff" * 40):
+        close(loaded(Image.fromarray(pixels), tmp_path / "x.png", 8, exif=junk), pixels)
+
+
+@pytest.mark.parametrize("error", [
+    ZeroDivisionError("division by zero"), struct.error("short"), KeyError(3), IndexError("x"),
+    TypeError("x"), EOFError(), MemoryError(), OverflowError("x"), AttributeError("x"),
+    zlib.error("x"), RuntimeError("x"), NotImplementedError()],
+    ids=lambda error: type(error).__name__)
+def test_whatever_pillow_raises(tmp_path, monkeypatch, error):
+    path = tmp_path / "x.png"
+    Image.new("RGB", (8, 8)).save(path)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(Image.Image, "load", fail)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    reason = str(error) or type(error).__name__
+    words = f"{path}: cannot be read as a picture ({reason})"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_image(path, 8)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.gif", "x.webp", "x.tif", "x.bmp", "x.ppm"])
+def test_damaged_pictures_are_read_or_refused(tmp_path, name):
+    path, rng = tmp_path / name, np.random.default_rng(0)
+    Image.fromarray(random_pixels(24, 24)).save(path)
+    whole = path.read_bytes()
+    for _ in range(30):
+        content = bytearray(whole)
+        for place in rng.integers(0, min(len(whole), 400), 3):
+            content[place] = rng.integers(0, 256)
+        path.write_bytes(content)
+        try:
+            assert load_image(path, 16).shape == (3, 16, 16)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: cannot be read as a picture (")
+
+
+@pytest.mark.parametrize("written, stored", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_in_the_other_form_of_unicode(tmp_path, written, stored):
+    Image.new("RGB", (4, 4), "white").save(tmp_path / unicodedata.normalize(stored, "café.png"))
+    assert (load_image(tmp_path / unicodedata.normalize(written, "café.png"), 4) == 1).all()
+
+
 # ---------------------------------------------------------------- the order of batches
 
 def take(order, count):
@@ -481,7 +604,10 @@ def test_texts_that_are_no_weights(text):
 class Letters:
     """A tokenizer for the tests: the code points of a text, "_" at the end and as padding."""
 
-    eos_id = ord("_")
+    eos_id, unk_id = ord("_"), ord("?")
+
+    def encode(self, text):
+        return [*map(ord, text), self.eos_id]
 
     def __call__(self, texts, length):
         return torch.tensor([[ord(c) for c in text.ljust(length, "_")[:length]] for text in texts])
@@ -531,7 +657,7 @@ def tasks(records, **options):
 
 def sources_of(dataset, group):
     """The number of source pictures, which all examples of a group share."""
-    [count] = {len(dataset.examples[i].sources) for i in group.indices}
+    [count] = {len(dataset.records[i].sources) for i in group.indices}
     return count
 
 
@@ -544,14 +670,14 @@ def shape(dataset):
 def test_groups_are_by_task_and_number_of_sources(records):
     dataset = tasks(records)
     assert len(dataset) == len(records) == 12
-    assert dataset.examples == records and dataset.left_out == []
+    assert dataset.records == records and dataset.left_out == []
     assert shape(dataset) == {
         ("text_to_image", 0): (4, 1), ("questions", 0): (2, 1), ("edits", 1): (2, 1),
         ("edges", 1): (1, 1),
         ("all", 1): (2, pytest.approx(2 / 3)), ("all", 3): (1, pytest.approx(1 / 3))}
     assert sorted(i for group in dataset.groups for i in group.indices) == list(range(12))
     for group in dataset.groups:
-        assert {dataset.examples[i].task for i in group.indices} == {group.task}
+        assert {dataset.records[i].task for i in group.indices} == {group.task}
 
 
 @pytest.mark.parametrize("tokens, sources, longest, multiple, expected", [
@@ -584,7 +710,7 @@ def test_prompts_about_pictures_are_padded_little(records):
         batch = dataset.__getitems__(group.indices)
         if batch.prompts is not None:
             length = batch.prompts.shape[1]
-            expected = [dataset.examples[i].prompt.ljust(length, "_") for i in group.indices]
+            expected = [dataset.records[i].prompt.ljust(length, "_") for i in group.indices]
             assert letters(batch.prompts) == expected
             key = group.task, sources_of(dataset, group), length, round(group.weight, 4)
             sizes[key] += len(group.indices)
@@ -601,7 +727,7 @@ def test_groups_have_the_weights_of_their_tasks(records):
         ("text_to_image", 0): (4, 2), ("questions", 0): (2, 2), ("edits", 1): (2, 0.5),
         ("all", 1): (2, 2), ("all", 3): (1, 1)}
     assert dataset.left_out == ["edges"] and len(dataset) == 11
-    assert dataset.examples == [e for e in records if e.task != "edges"]
+    assert dataset.records == [e for e in records if e.task != "edges"]
     only = tasks(records, weights="questions=1")
     assert shape(only) == {("questions", 0): (2, 1)}
     assert only.left_out == ["all", "edges", "edits", "text_to_image"]
@@ -616,7 +742,7 @@ def test_a_task_of_pictures_with_and_without_captions(records):
     assert sizes == [(1, 1), (4, 4)]
     for group in dataset.groups:
         tokens = dataset.__getitems__(group.indices).tokens
-        assert (tokens is None) == (group.indices == [4])
+        assert (tokens is None) == (list(group.indices) == [4])
 
 
 @pytest.mark.parametrize("captioned, expected", [
@@ -627,12 +753,11 @@ def test_a_task_of_pictures_with_and_without_captions(records):
     ("edges", {"questions"})])
 def test_captioned_tasks_train_the_text_branch(records, captioned, expected):
     dataset = tasks(records, captioned=captioned)
-    writing = {e.task for e, writes in zip(dataset.examples, dataset.writes) if writes}
-    assert writing == expected
+    assert {key.task for key in dataset.keys if key.writes} == expected
     for group in dataset.groups:
         tokens = dataset.__getitems__(group.indices).tokens
         assert (tokens is not None) == (group.task in expected)
-    assert {dataset.examples[i].task for i in dataset.aligned} == expected - {"questions"}
+    assert {dataset.records[i].task for i in dataset.aligned} == expected - {"questions"}
 
 
 @pytest.mark.parametrize("options", [
@@ -711,7 +836,7 @@ def test_batches_with_latents(records, monkeypatch):
     assert sorted(names) == list("abcde")                       # each picture once
     values = torch.tensor([float(ord(name)) for name in names])
     dataset.latents = values.view(5, 1, 1, 1).expand(5, 16, 2, 2)
-    monkeypatch.setattr("data.load_image", lambda *_: pytest.fail("the picture was read again"))
+    monkeypatch.setattr("data.load_picture", lambda *_: pytest.fail("the picture was read again"))
     for task, sources, expected in (
             ("edits", 1, ["ba", "ec"]), ("all", 3, ["dabc"]), ("questions", 0, ["e", "e"])):
         batch = dataset.__getitems__(of(dataset, task, sources))
@@ -724,11 +849,16 @@ def test_batches_with_latents(records, monkeypatch):
 def test_batches_with_features(records):
     """Features go to examples with a prompt and a caption, in the order of the examples."""
     dataset = tasks(records, captioned="text_to_image,all")
-    aligned = [dataset.examples[i] for i in dataset.aligned]
+    aligned = [dataset.records[i] for i in dataset.aligned]
     assert [e.image.stem for e in aligned] == ["a", "b", "c", "d", "d", "c", "b"]
-    dataset.features = (
-        torch.tensor([[float(ord(e.image.stem)), 1] for e in aligned]).half(),
-        torch.tensor([[float(len(e.caption)), 2, 3] for e in aligned]).half())
+    images = torch.tensor([[float(ord(e.image.stem)), 1] for e in aligned])
+    texts = torch.tensor([[float(len(e.caption)), 2, 3] for e in aligned])
+
+    def features(indices):
+        rows = np.searchsorted(dataset.aligned, indices)
+        return images[rows], texts[rows]
+
+    dataset.features = features
     image, text = dataset.__getitems__(of(dataset, "all", 1)).features
     assert image.shape == (2, 2) and text.shape == (2, 3)
     assert image.dtype == text.dtype == torch.float32
@@ -742,8 +872,7 @@ def test_batches_with_features(records):
 
 def test_batch_to_a_device_moves_every_tensor(records):
     dataset = tasks(records)
-    count = len(dataset.aligned)
-    dataset.features = torch.zeros(count, 2), torch.zeros(count, 3)
+    dataset.features = lambda indices: (torch.zeros(len(indices), 2), torch.zeros(len(indices), 3))
     batch = dataset.__getitems__(of(dataset, "edits", 1)).to(torch.device("meta"))
     assert batch.task == "edits" and batch.latents is None and isinstance(batch, Batch)
     tensors = batch.images, batch.prompts, batch.tokens, batch.answer, *batch.features
@@ -758,12 +887,141 @@ def test_tasks_in_a_loader(records):
         dataset, batch_sampler=order, collate_fn=lambda batch: batch)
     seen = collections.Counter()
     for batch, indices in zip(loader, take(order, 25)):
-        example = dataset.examples[indices[0]]
+        example = dataset.records[indices[0]]
         assert batch.task == example.task
         assert batch.images.shape == (1, 1 + len(example.sources), 3, 4, 4)
-        assert batch.prompts is None or torch.equal(batch.prompts, dataset.prompts[indices].long())
+        if batch.prompts is not None:
+            assert letters(batch.prompts) == [example.prompt.ljust(6, "_")]
         seen[batch.task] += 1
     assert set(seen.values()) == {5} and len(seen) == 5
+
+
+# ---------------------------------------------------------------- records that cannot be used
+
+TOKENIZER = T5Tokenizer(TESTS / "golden" / "t5_spiece.model")
+
+
+def pair(name):
+    return {"image": [f"images/{name}.png"], "conversations": [name * 2, "<image>"]}
+
+
+def opened(folder, *lines, **options):
+    """Tasks on an index of these lines."""
+    found = open_records([write(folder, *lines)], TOKENIZER, 16, folder)
+    return Tasks(found, TOKENIZER, image_size=4, text_length=16, **options)
+
+
+def same(a, b):
+    """Whether two batches are equal, except in the names of their records."""
+    return a.task == b.task and all(
+        x is y is None or torch.equal(x, y) for x, y in zip(a[1:6], b[1:6])) and (
+        a.captions == b.captions)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"weights": "edits=3,edges=0,*=1", "captioned": "all", "prompt_multiple": 2}])
+def test_an_index_gives_the_batches_of_a_list(folder, records, options):
+    path = folder / "records.jsonl"
+    plain = Tasks(read_jsonl(path), TOKENIZER, 4, 16, **options)
+    lazy = Tasks(open_records([path], TOKENIZER, 16, folder), TOKENIZER, 4, 16, **options)
+    assert lazy.left_out == plain.left_out and list(lazy.records) == plain.records
+    assert [(g.task, g.weight, list(g.indices)) for g in lazy.groups] == [
+        (g.task, g.weight, list(g.indices)) for g in plain.groups]
+    assert lazy.aligned.tolist() == plain.aligned.tolist() and lazy.paths == plain.paths
+    orders = [take(BatchOrder(dataset.groups, 2, seed=3), 40) for dataset in (plain, lazy)]
+    assert orders[0] == orders[1]
+    for indices in orders[0]:
+        batch = lazy.__getitems__(indices)
+        assert same(batch, plain.__getitems__(indices)) and not batch.skipped
+        assert batch.records == tuple(lazy.records.origin(i) for i in indices)
+
+
+def test_captions_of_a_batch(records):
+    dataset = tasks(records, captioned="text_to_image")
+    assert dataset.__getitems__(of(dataset, "text_to_image", 0)[:2]).captions == ("aa", "bb")
+    assert dataset.__getitems__(of(dataset, "questions", 0)).captions == ("one", "two")
+    assert dataset.__getitems__(of(dataset, "edits", 1)).captions == ()
+
+
+def test_another_record_takes_the_place_of_an_unusable_one(folder):
+    (folder / "images" / "b.png").write_bytes(b"not a picture")
+    (folder / "images" / "e.png").unlink()
+    dataset = opened(folder, *[pair(name) for name in "abcde"],
+                     {"image": A, "conversations": ["q", "a"]})
+    path = folder / "records.jsonl"
+    batch = dataset.__getitems__([1, 0, 4])
+    used = [int(record.rpartition(" ")[2]) for record in batch.records]
+    assert used[1] == 1 and set(used) <= {1, 3, 4}
+    assert level(batch.images) == [[50 * (line - 1)] for line in used]
+    assert list(batch.captions) == ["abcde"[line - 1] * 2 for line in used]
+    reasons = dict(batch.skipped)
+    assert set(reasons) == {f"{path}, line 2", f"{path}, line 5"}
+    assert "b.png: cannot be read as a picture" in reasons[f"{path}, line 2"]
+    assert "e.png: cannot be read as a picture" in reasons[f"{path}, line 5"]
+    assert same(batch, dataset.__getitems__([1, 0, 4]))         # as a resumed run takes it
+    again = Tasks(open_records([path], TOKENIZER, 16, folder), TOKENIZER, 4, 16)
+    assert again.__getitems__([1, 0, 4]).records == batch.records
+    assert dataset.__getitems__([0, 2]).skipped == ()
+
+
+def test_replacements_differ_from_record_to_record(folder):
+    (folder / "images" / "e.png").unlink()
+    dataset = opened(folder, *[pair("e")] * 40, *[pair(name) for name in "abcd"] * 10)
+    used = collections.Counter(dataset.__getitems__(list(range(40))).records)
+    assert len(used) > 15
+
+
+def test_a_group_without_any_usable_record(folder):
+    for name in "de":
+        (folder / "images" / f"{name}.png").unlink()
+    dataset = opened(folder, pair("a"), {"image": "images/d.png", "conversations": ["q", "a"]},
+                     {"image": "images/e.png", "conversations": ["q", "a"]})
+    words = "none of 2 records of the task questions can be used: .*line 2: .*line 3: .*e.png"
+    with pytest.raises(ValueError, match=words):
+        dataset.__getitems__(of(dataset, "questions", 0))
+    dataset.__getitems__(of(dataset, "text_to_image", 0))
+
+
+def test_unreadable_pictures_among_cached_latents(folder):
+    dataset = opened(folder, *[pair(name) for name in "abcde"])
+    dataset.latents = torch.arange(5.0).view(5, 1, 1, 1)
+    dataset.unreadable = {folder / "images/b.png": "b.png is broken"}
+    batch = dataset.__getitems__([1, 2])
+    assert batch.skipped == ((f"{folder / 'records.jsonl'}, line 2", "b.png is broken"),)
+    assert batch.latents.flatten().tolist()[0] != 1 and batch.latents.flatten().tolist()[1] == 2
+
+
+def test_features_are_those_of_the_replacement(folder):
+    (folder / "images" / "b.png").unlink()
+    dataset = opened(folder, *[pair(name) for name in "abcde"])
+    dataset.features = lambda indices: (torch.tensor(indices), torch.tensor(indices))
+    batch = dataset.__getitems__([1, 3])
+    lines = [int(record.rpartition(" ")[2]) for record in batch.records]
+    assert batch.features[0].tolist() == [line - 1 for line in lines] and lines[0] != 2
+
+
+def test_an_index_in_loader_processes(folder):
+    (folder / "images" / "b.png").unlink()
+    dataset = opened(folder, *[pair(name) for name in "abcde"])
+    order = BatchOrder(dataset.groups, 2, seed=0)
+    for context in ("fork", "spawn"):
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_sampler=order, collate_fn=list, num_workers=2,
+            multiprocessing_context=context)
+        for batch, indices in zip(loader, take(order, 6)):
+            assert same(Batch(*batch), dataset.__getitems__(indices))
+
+
+def test_batches_keep_their_strings_on_a_device(folder):
+    (folder / "images" / "b.png").unlink()
+    batch = opened(folder, *[pair(name) for name in "abcde"]).__getitems__([0, 1])
+    moved = batch.to(torch.device("meta"))
+    assert moved[7:] == batch[7:] and moved.skipped and moved.images.is_meta
+
+
+def test_any_integer_is_a_seed():
+    for seed in (-1, 2 ** 63, 2 ** 64 + 5):
+        assert len(take(BatchOrder(one(9), 3, seed=seed), 3)) == 3
 
 
 # ---------------------------------------------------------------- run alone

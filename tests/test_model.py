@@ -691,3 +691,58 @@ def test_width_that_cannot_be_split(sizes):
 def test_unknown_override(tmp_path):
     with pytest.raises(ValueError, match="unknown field 'heads'"):
         MMDiT.from_pretrained(write_folder(tmp_path, "unialignment_mmdit"), heads=4)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("shared.x.encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 text encoder, expected"),
+    ("encoder.down_blocks.0.resnets.0.conv1.weight", "an autoencoder, expected an MM-DiT"),
+    ("double_blocks.0.img_attn.qkv.weight", "a Flux transformer"),
+    ("single_transformer_blocks.0.attn.to_q.weight", "a Flux transformer"),
+    ("input_blocks.0.0.weight", "a model with a U-Net"),
+    ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "a LoRA"),
+])
+def test_another_model_is_named(tmp_path, name, words):
+    save_file({name: torch.zeros(2, 2)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=f"x.safetensors: this is {words}"):
+        MMDiT.from_pretrained(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("layout, name", [
+    ("single_file", SINGLE + "joint_blocks.0.x_block.attn.ln_q.weight"),
+    ("single_file", SINGLE + "joint_blocks.0.x_block.attn2.qkv.weight"),
+    ("diffusers", "transformer_blocks.0.attn2.to_q.weight"),
+    ("diffusers", "transformer_blocks.0.attn.norm_added_q.weight"),
+])
+def test_sd35_is_named(tmp_path, layout, name):
+    save_file(golden(f"sd3_mmdit_{layout}")[0] | {name: torch.ones(16)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="this is .*Stable Diffusion 3.5") as error:
+        MMDiT.from_pretrained(tmp_path / "x.safetensors", num_heads=2)
+    assert "\n" not in str(error.value)
+
+
+def test_a_variant_for_inpainting_is_named(tmp_path):
+    weights = golden("sd3_mmdit_single_file")[0]
+    weights[SINGLE + "x_embedder.proj.weight"] = torch.zeros(32, 33, 2, 2)
+    save_file(weights, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="inpainting or editing, which takes 33 .* and gives 16"):
+        MMDiT.from_pretrained(tmp_path / "x.safetensors", num_heads=2)
+
+
+def test_a_guessed_number_of_heads_is_printed(tmp_path, capsys):
+    file = tmp_path / "sd3.safetensors"
+    save_file(golden("sd3_mmdit_single_file")[0], file)
+    assert MMDiT.from_pretrained(file, device="meta").config.num_heads == 1
+    line = capsys.readouterr().err
+    assert line.startswith(f"note: {file}: a guess") and "num_heads 1" in line
+    write_sparse(tmp_path / "y.safetensors", manifest("sd3_medium_single_file")["tensors"])
+    MMDiT.from_pretrained(tmp_path / "y.safetensors", device="meta")
+    MMDiT.from_pretrained(file, device="meta", num_heads=2)
+    assert not capsys.readouterr().err                              # SD3 has a head for each block
+
+
+def test_positions_are_computed_on_the_cpu():
+    """Apple's GPUs have no float64; the meta device stands in for them."""
+    expected = sincos_positions(12, 32, 64 / 12)
+    with torch.device("meta"):
+        table = sincos_positions(12, 32, 64 / 12)
+    assert table.device.type == "cpu" and torch.equal(table, expected)

@@ -1,4 +1,6 @@
 """run_folder.py: missing and unfit parts, teacher features, checkpoints, metrics and timings."""
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ import train
 from checkpoint import Checkpoint
 from config import PRESETS, RunFiles, parse_arguments, parts_of, read_config
 from model import MMDiT
-from run_folder import (Metrics, describe_tasks, features_folder, load_optimizers, load_tasks,
-                        missing_parts, read_seconds, teacher_features, timed)
+from run_folder import (Features, Metrics, Skipped, allowed_skips, check_resume, describe_tasks,
+                        features_folder, load_optimizers, load_tasks, missing_parts, read_seconds,
+                        save_checkpoint, teacher_features, timed)
 from teacher import load_teacher
 from text_encoder import T5Tokenizer
 
@@ -135,7 +138,7 @@ def test_teacher_features_are_computed_once(finished, monkeypatch):
     parts, data, teacher = parts_of(config, finished), finished / "data", finished / "teacher"
     assert features_folder(config, parts) == data
     dataset = load_tasks(config, parts, T5Tokenizer(finished / "tokenizer.model"))
-    chosen = [dataset.examples[i] for i in dataset.aligned]
+    chosen = [dataset.records[int(i)] for i in dataset.aligned]
     [cache] = data.glob("teacher-*.safetensors")
     expected = Checkpoint(cache).read("image")
     assert len(expected) == len(chosen) == 168 and all(e.task == "text_to_image" for e in chosen)
@@ -143,12 +146,38 @@ def test_teacher_features_are_computed_once(finished, monkeypatch):
     torch.testing.assert_close(features[0], expected[100].float(), rtol=1e-2, atol=1e-2)
 
     monkeypatch.setattr(run_folder, "load_teacher", None)       # a second run reads the cache
-    image, text = teacher_features(chosen, teacher, data, 64, 128, CPU)
-    assert torch.equal(image.float(), expected.float()) and text.shape == (168, 128)
+    files = teacher_features(dataset, teacher, data, 128, CPU)
+    assert files == [cache]
+    image, text = Features(files, dataset.aligned)([int(i) for i in dataset.aligned[[5, 100]]])
+    assert torch.equal(image, expected[[5, 100]]) and text.shape == (2, 128)
     with pytest.raises(ValueError, match="width 128"):
-        teacher_features(chosen, teacher, data, 64, 99, CPU)
+        teacher_features(dataset, teacher, data, 99, CPU)
+    dataset.aligned = dataset.aligned[1:]
     with pytest.raises(TypeError):                              # the cache has other captions
-        teacher_features(chosen[1:], teacher, data, 64, 128, CPU)
+        teacher_features(dataset, teacher, data, 128, CPU)
+
+
+def test_ranks_share_the_work_of_the_teacher(finished, tmp_path, monkeypatch):
+    """Each computes its shards; an interrupted start computes only those that are missing."""
+    config = read_config(finished / "run.json")
+    tokenizer = T5Tokenizer(finished / "tokenizer.model")
+    dataset = load_tasks(config, parts_of(config, finished), tokenizer)
+    monkeypatch.setattr(run_folder, "SHARD", 50)                # four shards of 168 pairs
+    arguments = dataset, finished / "teacher", tmp_path, 128, CPU
+    files = teacher_features(*arguments, rank=0, world=2)
+    assert [file.exists() for file in files] == [True, False, True, False]
+    before = [files[i].stat().st_mtime_ns for i in (0, 2)]
+    assert teacher_features(*arguments, rank=1, world=2) == files
+    assert all(file.exists() for file in files)
+    assert teacher_features(*arguments) == files
+    assert [files[i].stat().st_mtime_ns for i in (0, 2)] == before
+    whole = Features(list((finished / "data").glob("teacher-*")), dataset.aligned)
+    chosen = [int(dataset.aligned[i]) for i in (0, 49, 50, 167)]
+    monkeypatch.setattr(run_folder, "SHARD", 2048)
+    expected = whole(chosen)
+    monkeypatch.setattr(run_folder, "SHARD", 50)
+    for part, same in zip(Features(files, dataset.aligned)(chosen), expected):
+        torch.testing.assert_close(part, same, rtol=1e-2, atol=1e-2)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -172,11 +201,71 @@ def test_a_failed_save_keeps_the_last_checkpoint(finished, tmp_path, monkeypatch
     assert losses(run) == losses(finished)
 
 
-def test_another_number_of_ranks_is_refused(finished):
+def test_checkpoints_of_the_user_stay(finished, tmp_path):
+    """A copy under another name is neither removed nor resumed from."""
+    copy = tmp_path / "checkpoint-best"
+    shutil.copytree(finished / "checkpoint-00000006", copy)
+    model = MMDiT.from_pretrained(copy / "model.safetensors")
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, 0.0, model, model, [], {}, world=1, data="x")
+    assert RunFiles(tmp_path).checkpoints() == [tmp_path / "checkpoint-00000002"]
+    assert sorted(p.name for p in copy.iterdir()) == [
+        "ema.safetensors", "model.safetensors", "optimizer.safetensors"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(finished, tmp_path, monkeypatch):
+    model = MMDiT.from_pretrained(finished / "checkpoint-00000006" / "model.safetensors")
+    save_checkpoint(tmp_path, 1, 0.0, model, model, [], {}, world=1, data="x")
+    real = run_folder.save
+
+    def full(path: Path, *arguments, **metadata):
+        if path.name == "ema.safetensors":
+            raise OSError(28, "No space left on device", str(path))
+        real(path, *arguments, **metadata)
+
+    monkeypatch.setattr(run_folder, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, 2, 0.0, model, model, [], {}, world=1, data="x")
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-00000001"]
+
+
+def test_a_resumed_run_knows_where_it_comes_from(finished):
+    folder = finished / "checkpoint-00000006"
+    data = Checkpoint(folder / "optimizer.safetensors").metadata["data"]
+    assert check_resume(folder, 1, 4, data, False) is None
+    with pytest.raises(ValueError, match="1 ranks, resumed by 2.*global batch 8, not 4"):
+        check_resume(folder, 2, 8, data, False)
+    assert "resumed by 2 ranks, before 1" in check_resume(folder, 2, 4, data, False)
+    with pytest.raises(ValueError, match="data has changed.*--new_data true"):
+        check_resume(folder, 1, 4, "other", False)
+    assert "new data" in check_resume(folder, 1, 4, "other", True)
+
+
+def test_where_a_checkpoint_was(finished):
     folder = finished / "checkpoint-00000006"
     model = MMDiT.from_pretrained(folder / "model.safetensors")
-    optimizers = train.make_optimizers(model, PRESETS["mini"])
-    with pytest.raises(ValueError, match="1 ranks, resumed by 2"):
-        load_optimizers(optimizers, folder, world=2)
-    progress = load_optimizers(optimizers, folder, world=1)
+    progress = load_optimizers(train.make_optimizers(model, PRESETS["mini"]), folder)
     assert progress.step == 6 and progress.seconds > 0 and progress.metrics == {}
+
+
+# ---------------------------------------------------------------- skipped records
+
+def test_skipped_records_are_listed_once_and_limited(tmp_path, capsys):
+    file = tmp_path / "skipped.jsonl"
+    skipped = Skipped(file, allowed=2)
+    skipped.add([("a.jsonl, line 1", "broken"), ("a.jsonl, line 1", "broken")])
+    skipped.add([("a.jsonl, line 7", "missing"), ("a.jsonl, line 1", "broken")])
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert lines == [{"record": "a.jsonl, line 1", "reason": "broken"},
+                     {"record": "a.jsonl, line 7", "reason": "missing"}]
+    assert capsys.readouterr().out.count("a.jsonl, line 1 is skipped: broken") == 1
+    again = Skipped(file, allowed=2)                            # of a resumed run
+    again.add([("a.jsonl, line 7", "missing")])
+    with pytest.raises(ValueError, match="(?s)3 records.*allows 2.*a.jsonl, line 9: empty"):
+        again.add([("a.jsonl, line 9", "empty")])
+
+
+@pytest.mark.parametrize("share, count, allowed", [
+    (0.01, 50, 1), (0.01, 1000, 10), (0.0, 1000, 0), (1.0, 7, 7)])
+def test_how_many_may_be_skipped(share, count, allowed):
+    assert allowed_skips(share, count) == allowed

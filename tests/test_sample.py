@@ -1,10 +1,18 @@
 """sample.py: flow sampler against the reference, statistics of the text sampler, command line."""
+import errno
 import io
 import json
+import os
 import random
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import unicodedata
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,15 +21,18 @@ from conftest import golden
 from PIL import Image
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceTrainer
+from torch.overrides import TorchFunctionMode
 
 from checkpoint import save
 from data import load_image, to_pictures
 from experiments.language import caption
 from experiments.world import random_scene
 from model import MMDiT, MMDiTConfig, Output
-from sample import ORDERS, Pipeline, describe, flow_sigmas, generate, main
+from sample import ORDERS, Pipeline, describe, float64_device, flow_sigmas, generate, main
 from text_encoder import T5Config, T5Encoder, T5Tokenizer
 from vae import VAE, VAEConfig
+
+SAMPLE = Path(__file__).parent.parent / "sample.py"
 
 
 def close(actual, expected, atol=1e-4):
@@ -818,3 +829,371 @@ def test_parts_of_released_layouts_in_place_of_a_run(run, inside):
     assert Image.open("x.png").size == (64, 64)
     assert settings_of("x.png") == {
         "seed": 0, "steps": 2, "shift": 3.0, "guidance": 7.0, "model": str(inside)}
+
+
+# ---------------------------------------------------------------- what is done is written
+
+PROMPTS = [f"a red circle and {i} squares" for i in range(40)]
+
+
+def write_prompts(prompts=PROMPTS):
+    with open("prompts.txt", "w", encoding="utf-8") as file:
+        file.writelines(f"{prompt}\n" for prompt in prompts)
+
+
+def interrupted(arguments, capsys):
+    """The lines on stdout and the last line on stderr of a command that Ctrl-C ends."""
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    printed = capsys.readouterr()
+    assert exit.value.code == 130 and "Traceback" not in printed.err
+    return printed.out.splitlines(), printed.err.splitlines()[-1]
+
+
+def fail_at(monkeypatch, method, number, error):
+    """Make the `number`-th call of a method of Pipeline fail; returns the arguments of all."""
+    calls, original = [], getattr(Pipeline, method)
+
+    def call(self, *args, **options):
+        calls.append(args)
+        if len(calls) == number:
+            raise error
+        return original(self, *args, **options)
+    monkeypatch.setattr(Pipeline, method, call)
+    return calls
+
+
+def test_each_batch_of_prompts_is_written_before_the_next(run, inside, monkeypatch, capsys):
+    write_prompts()
+    calls = fail_at(monkeypatch, "draw", 3, KeyboardInterrupt())
+    arguments = ["--prompts", "prompts.txt", "--run", str(run), "--steps", "1", "--seed", "5"]
+    lines, ending = interrupted(arguments, capsys)
+    assert ending == "interrupted; 32 of 40 pictures are written, in pictures"
+    names = [f"pictures/{i + 1:04d}.png" for i in range(32)]
+    assert lines == [f"{name}\t{prompt}" for name, prompt in zip(names, PROMPTS)]
+    assert sorted(map(str, (inside / "pictures").iterdir())) == [str(inside / n) for n in names]
+    assert [(len(call[0]), call[1]) for call in calls] == [(16, 5), (16, 21), (8, 37)]
+    monkeypatch.undo()
+    alone = Pipeline.from_run(run).draw(PROMPTS[20:21], seed=25, steps=1)
+    assert np.abs(pixels(inside / names[20]) - to_pictures(alone)[0]).max() <= 1
+
+
+def test_each_turn_is_written_before_the_next(run, sources, inside, monkeypatch, capsys):
+    fail_at(monkeypatch, "edit", 3, KeyboardInterrupt())
+    turns = ["--edit=a circle"] * 4
+    lines, ending = interrupted(
+        ["--image", "a.png", *turns, "--run", str(run), "--out", "deep/x.png"], capsys)
+    assert lines == ["deep/x-1.png\ta circle", "deep/x-2.png\ta circle"]
+    assert ending == "interrupted; 2 of 4 pictures are written, in deep"
+    assert sorted(f.name for f in (inside / "deep").iterdir()) == ["x-1.png", "x-2.png"]
+
+
+def test_pictures_are_described_in_batches(run, inside, monkeypatch, capsys):
+    names = [f"{i}.png" for i in range(20)]
+    for i, name in enumerate(names):
+        Image.new("RGB", (32, 32), (10 * i, 128, 90)).save(name)
+    describe = ["--describe", *names, "--run", str(run)]
+    main(describe)
+    lines = capsys.readouterr().out.splitlines()
+    images = torch.stack([load_image(name, 32) for name in names])
+    assert lines == [f"{n}\t{t}" for n, t in zip(names, Pipeline.from_run(run).caption(images))]
+    calls = fail_at(monkeypatch, "caption", 2, KeyboardInterrupt())
+    written, ending = interrupted([*describe, "--seed", "7"], capsys)
+    assert written == lines[:16] and ending == "interrupted; 16 of 20 texts are written"
+    assert [(len(call[0]), call[1]) for call in calls] == [(16, 7), (4, 23)]
+
+
+def test_a_picture_that_cannot_be_read_does_not_cost_the_others(run, inside, capsys):
+    for name in ("a.png", "c.png"):
+        Image.new("RGB", (32, 32), (10, 128, 90)).save(name)
+    (inside / "b.png").write_bytes(b"no picture")
+    message = stopped(["--describe", "a.png", "b.png", "c.png", "b.png", "--run", str(run)])
+    assert message.count("b.png: cannot") == 1 and message.endswith("; 2 of 4 texts are written")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["a.png", "c.png"]
+
+
+def test_a_real_interrupt(run, inside):
+    write_prompts(PROMPTS * 50)
+    process = subprocess.Popen(
+        [sys.executable, SAMPLE, "--prompts", "prompts.txt", "--run", str(run), "--device", "cpu"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()                                   # the first picture is written
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    count = 1 + len(out.splitlines())
+    assert process.returncode == 130 and "Traceback" not in err
+    ending = f"interrupted; {count} of 2000 pictures are written, in pictures"
+    assert err.splitlines()[-1] == ending
+    assert len(list((inside / "pictures").iterdir())) == count
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_console_that_cannot_show_a_letter(run, inside, monkeypatch, encoding):
+    out, err = io.BytesIO(), io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, encoding=encoding))
+    monkeypatch.setattr("sys.stderr", io.TextIOWrapper(err, encoding=encoding))
+    main(["ein r\u00f6tliches \u5706", "a red circle", "--run", str(run), "--steps", "1"])
+    sys.stderr.flush()
+    shown = r"ein r\xf6tliches" if encoding == "ascii" else "ein r\u00f6tliches"
+    lines = out.getvalue().decode(encoding).splitlines()
+    assert lines == [f"pictures/0001.png\t{shown} \\u5706", "pictures/0002.png\ta red circle"]
+    assert "warning: " in err.getvalue().decode(encoding)
+    assert Image.open("pictures/0001.png").text["prompt"] == "ein r\u00f6tliches \u5706"
+
+
+def test_a_closed_pipe_ends_quietly(run, inside, monkeypatch, capsys):
+    write_prompts()
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        with pytest.raises(SystemExit) as exit:
+            main(["--prompts", "prompts.txt", "--run", str(run), "--steps", "1"])
+    assert exit.value.code == 1                                 # and closing it does not fail
+    assert not [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
+    assert len(list((inside / "pictures").iterdir())) == 1
+
+
+def test_a_full_disk_keeps_the_pictures_before(run, inside, monkeypatch, capsys):
+    write_prompts()
+    save_image, saved = Image.Image.save, []
+
+    def save_until_full(self, file, **options):
+        saved.append(file)
+        if len(saved) == 19:
+            Path(file).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_image(self, file, **options)
+    monkeypatch.setattr(Image.Image, "save", save_until_full)
+    message = stopped(["--prompts", "prompts.txt", "--run", str(run), "--steps", "1"])
+    assert "No space left on device; 18 of 40 pictures are written, in pictures" in message
+    names = sorted(f.name for f in (inside / "pictures").iterdir())
+    assert names == [f"{i + 1:04d}.png" for i in range(18)]
+
+
+def test_a_name_that_another_run_takes_meanwhile(run, inside, monkeypatch, capsys):
+    draw = Pipeline.draw
+
+    def draw_meanwhile(self, *args, **options):
+        for name in ("0001", "0002", "\u00b2"):                 # the last is no number
+            (inside / f"pictures/{name}.png").write_bytes(b"mine")
+        return draw(self, *args, **options)
+    (inside / "pictures").mkdir()
+    monkeypatch.setattr(Pipeline, "draw", draw_meanwhile)
+    main(["a circle", "a square", "--run", str(run), "--steps", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["pictures/0003.png\ta circle", "pictures/0004.png\ta square"]
+    assert (inside / "pictures/0001.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("error", [
+    torch.cuda.OutOfMemoryError("Tried to allocate 9 GiB"), MemoryError("9 GiB"),
+    PermissionError(errno.EACCES, "Permission denied", "ema.safetensors")])
+def test_failures_of_the_machine_have_no_traceback(run, inside, monkeypatch, error):
+    fail_at(monkeypatch, "draw", 1, error)
+    message = stopped([PROMPT, "--run", str(run)])
+    assert str(error) in message and len(message.splitlines()) == 1
+    assert ("out of memory" in message) == (not isinstance(error, OSError))
+
+
+def test_pictures_without_numbers(run, inside, monkeypatch):
+    monkeypatch.setattr(VAE, "decode", lambda self, latents: torch.full((1, 3, 32, 32), torch.nan))
+    assert "no numbers" in stopped([PROMPT, "--run", str(run)])
+    assert not (inside / "pictures").exists()
+
+
+# ---------------------------------------------------------------- options
+
+@pytest.mark.parametrize("option, value", [
+    ("--steps", "-3"), ("--steps", "9" * 30), ("--guidance", "nan"), ("--guidance", "inf"),
+    ("--guidance", "-1"), ("--guidance", "1e38"), ("--image-size", "0")])
+def test_numbers_out_of_range_when_drawing(run, inside, option, value):
+    source = ["--model", "none", "--tokenizer", "none"] if "size" in option else ["--run", str(run)]
+    assert f"{option} = {value[0]}" in stopped([PROMPT, *source, option, value])
+
+
+@pytest.mark.parametrize("option, value", [
+    ("--temperature", "nan"), ("--temperature", "-0.5"), ("--temperature", "inf"),
+    ("--steps", "0")])
+def test_numbers_out_of_range_when_writing(sources, option, value):
+    message = stopped(["--describe", "a.png", "--run", "none", option, value])
+    assert f"{option} = {value[:2]}" in message
+
+
+def test_image_guidance_out_of_range(sources):
+    edit = ["--image", "a.png", "--edit", "a", "--run", "none", "--image-guidance"]
+    assert "--image-guidance = nan" in stopped([*edit, "nan"])
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["a", "--image-size", "64"], "--image-size has an effect only with --model"),
+    (["a", "--run", "r", "--padding-id", "1"], "--padding-id has an effect only with --model"),
+    (["a", "--vae", "x"], "--vae has an effect only with --model"),
+    (["a", "--run", "r", "--model", "x", "--tokenizer", "y"],
+     "--run has an effect only without --model"),
+    (["a", "--order", "left"], "--order has an effect only on --describe and --ask"),
+    (["a", "--temperature", "0"], "--temperature has an effect only on --describe and --ask"),
+    (["--edges", "--image", "a.png", "--order", "left"], "--order has an effect only on"),
+    (["--describe", "a.png", "--out", "x"], "--out has an effect only where pictures are drawn"),
+    (["--describe", "a.png", "--guidance", "2"], "--guidance has an effect only where"),
+    (["--ask", "a", "--image", "a.png", "--image-guidance", "2"], "--image-guidance has an effect"),
+    (["a", "--image-guidance", "2"], "--image-guidance has an effect only on --edit"),
+    (["--prompt", "a"], "unrecognized arguments: --prompt"),
+    (["a", "--seed", "1.5"], "--seed"), (["a", "--steps", "nan"], "--steps"),
+    (["a", "--padding-id", "2"], "--padding-id")])
+def test_options_without_effect(sources, capsys, arguments, words):
+    assert words in refused(arguments, capsys)
+
+
+@pytest.mark.parametrize("seed", [-1, -2 ** 80, 2 ** 63, 2 ** 64 - 3, 10 ** 40])
+def test_any_integer_is_a_seed(run, sources, seed, capsys):
+    main([PROMPT, BLUE, "--run", str(run), "--steps", "1", f"--seed={seed}"])
+    within = Pipeline.from_run(run).draw([PROMPT], seed=seed % 2 ** 63, steps=1)
+    assert np.abs(pixels("pictures/0001.png") - to_pictures(within)[0]).max() <= 1
+    assert settings_of("pictures/0002.png")["seed"] == seed + 1
+    main(["--describe", "a.png", "--run", str(run), "--temperature", "1", f"--seed={seed}"])
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", "mps", "hpu", "xla", ""])
+def test_a_device_that_is_not_there(inside, capsys, device):
+    if device == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this machine has one")
+    message = refused([PROMPT, "--run", "none", "--device", device], capsys)
+    assert f"--device {device}: not available" in message and len(message) < 300
+
+
+@pytest.mark.parametrize("out", ["file/sub", "file", "file/x.png", "n" * 300, "/proc/no/x.png"])
+def test_an_out_that_cannot_be_written(inside, capsys, out):
+    (inside / "file").write_text("mine")
+    message = refused([PROMPT, "--run", "none", "--out", out], capsys)
+    assert f"--out {out}: cannot be written" in message
+    assert [f.name for f in inside.iterdir()] == ["file"]
+
+
+def test_an_out_without_permission(inside, capsys, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    message = refused([PROMPT, "--run", "none", "--out", "deep/er"], capsys)
+    assert "Permission denied" in message and not list(inside.iterdir())
+
+
+def test_an_image_size_beyond_the_positions(run, inside):
+    folder = shutil.copytree(run, inside / "run")
+    sizes = SETTINGS | {"image_size": 96}                       # 8 patches of 8 pixels
+    (folder / "run.json").write_text(json.dumps({"sampling": sizes}))
+    message = stopped([PROMPT, "--run", "run"])
+    assert "image size 96: expected a multiple of 8, at most 64" in message
+
+
+def test_a_run_with_settings_out_of_range(run, inside):
+    folder = shutil.copytree(run, inside / "run")
+    (folder / "run.json").write_text(json.dumps({"sampling": SETTINGS | {"guidance": -1.0}}))
+    assert "sampling.guidance -1.0" in stopped([PROMPT, "--run", "run"])
+
+
+# ---------------------------------------------------------------- texts and names of any system
+
+@pytest.mark.parametrize("content", [
+    f"\ufeff{PROMPT}\r\n\r\n{BLUE}", f"\ufeff\r{PROMPT}\r  \r\ufeff{BLUE}\r",
+    f"\n\u2003\n\t{PROMPT}\n\ufeff\n{BLUE}\n"])
+def test_byte_order_marks_and_empty_lines(run, inside, content):
+    (inside / "prompts.txt").write_bytes(content.encode("utf-8"))
+    main(["--prompts", "prompts.txt", "--run", str(run), "--steps", "1"])
+    names = sorted((inside / "pictures").iterdir())
+    assert [Image.open(name).text["prompt"] for name in names] == [PROMPT, BLUE]
+
+
+def test_a_line_separator_within_a_prompt(run, inside):
+    (inside / "prompts.txt").write_bytes("a red\u2028circle\n".encode())
+    main(["--prompts", "prompts.txt", "--run", str(run), "--steps", "1"])
+    assert Image.open("pictures/0001.png").text["prompt"] == "a red\u2028circle"
+
+
+@pytest.mark.parametrize("content, words", [
+    (PROMPT.encode("utf-16"), "not UTF-8 text"), (PROMPT.encode("utf-16-le"), "zero bytes"),
+    ("ein r\u00f6tlicher Kreis".encode("latin-1"), "not UTF-8 text"),
+    (b"", "holds no prompt"), (b"\xef\xbb\xbf \r\n\n", "holds no prompt"),
+    (None, "is a directory")])
+def test_files_without_prompts(inside, capsys, content, words):
+    if content is None:
+        (inside / "prompts.txt").mkdir()
+    else:
+        (inside / "prompts.txt").write_bytes(content)
+    message = refused(["a", "--prompts", "prompts.txt", "--run", "none"], capsys)
+    assert f"prompts.txt: {words}" in message
+
+
+@pytest.mark.parametrize("option", ["", "--ask=", "--edit="])
+def test_a_text_that_is_not_utf8(sources, capsys, option):
+    """The command line holds bytes that are not UTF-8 as half surrogate pairs."""
+    text = b"ein r\xf6tlicher Kreis".decode("utf-8", "surrogateescape")
+    image = ["--image", "a.png"] if option else []
+    message = refused([option + text, *image, "--run", "none"], capsys)
+    assert r"the text 'ein r\udcf6tlicher Kreis' is not UTF-8" in message
+
+
+def test_an_empty_prompt_is_drawn_with_a_warning(run, inside, capsys):
+    main(["", "--run", str(run), "--guidance", "1"])
+    assert "warning: '': an empty text" in capsys.readouterr().err
+    unguided = Pipeline.from_run(run).draw([""], guidance=1.0)
+    assert np.abs(pixels("pictures/0001.png") - to_pictures(unguided)[0]).max() <= 1
+
+
+@pytest.mark.parametrize("stored, typed", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_in_another_normal_form(run, inside, capsys, stored, typed):
+    name = unicodedata.normalize(stored, "\u00e9t\u00e9.png")
+    Image.new("RGB", (32, 32), (220, 128, 35)).save(name)
+    name = unicodedata.normalize(typed, name)
+    main(["--describe", name, "--run", str(run)])
+    assert capsys.readouterr().out.startswith(f"{name}\t")
+    main(["--image", name, "--edges", "--run", str(run), "--steps", "1"])
+
+
+# ---------------------------------------------------------------- a device without float64
+
+class Apple(TorchFunctionMode):
+    """Plays a device without float64: the tensors of this class, and `device="mps"`."""
+
+    class Tensor(torch.Tensor):
+        @property
+        def device(self):
+            return torch.device("mps")
+
+    def __torch_function__(self, function, kinds, args=(), kwargs=None):
+        kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
+        here = any(isinstance(x, self.Tensor) for x in args)
+        if "device" in kwargs:
+            here = torch.device(kwargs["device"] or "cpu").type == "mps"
+            kwargs["device"] = "cpu"
+        elif name == "to":
+            targets = [x for x in args[1:] if isinstance(x, (str, torch.device))]
+            here = torch.device(targets[0]).type == "mps" if targets else here
+            args = [torch.device("cpu") if x in targets else x for x in args]
+        plain = [x.as_subclass(torch.Tensor) if isinstance(x, self.Tensor) else x for x in args]
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*plain, **kwargs)
+        if not here or not isinstance(result, torch.Tensor):
+            return result
+        if result.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return result.as_subclass(self.Tensor)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_texts_on_a_device_without_float64(order):
+    """They are those of the CPU, and only ids go to the model."""
+    logits = torch.randn(30, 7, generator=seeded())
+    options = {"steps": 4, "order": order, "temperature": 1.0}
+    expected = Fake(logits).describe(all_masked(2, 30), **options, generator=seeded(1))
+    with Apple():
+        assert float64_device(torch.device("mps")).type == "cpu"
+        with pytest.raises(TypeError, match="float64"):
+            logits.as_subclass(Apple.Tensor).double()
+        fake = Fake(logits.as_subclass(Apple.Tensor))
+        tokens = fake.describe(
+            all_masked(2, 30).as_subclass(Apple.Tensor), **options, generator=seeded(1))
+        states = [type(state) for state in fake.states]
+    assert type(tokens) is Apple.Tensor and set(states) == {Apple.Tensor}
+    assert torch.equal(tokens.as_subclass(torch.Tensor), expected)

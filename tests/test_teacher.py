@@ -229,6 +229,31 @@ def test_only_wanted_shards_are_opened(released):
         QwenVision.from_pretrained(released)
 
 
+def test_the_names_of_newer_releases(released):
+    """Since transformers 4.52, a saved model has its parts below model.*"""
+    def renamed(name):
+        name = name.replace("visual.", "model.visual.")
+        return name.replace(EMBEDDING, "model.language_model.embed_tokens.weight")
+
+    expected = QwenTeacher.from_pretrained(released)
+    index = released / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    write_index(released, {renamed(name): file for name, file in weight_map.items()})
+    for i in (1, 4, 5):
+        tensors = load_file(released / shard(i))
+        save_file({renamed(name): x for name, x in tensors.items()}, released / shard(i))
+    actual = QwenTeacher.from_pretrained(released)
+    for a, b in zip(actual.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_another_vision_encoder_is_named(tmp_path):
+    for name in ("blocks.0.norm1.bias", "deepstack_merger_list.0.norm.weight"):
+        save_file({f"visual.{name}": torch.zeros(2)}, tmp_path / "x.safetensors")
+        with pytest.raises(ValueError, match="x.safetensors: this is .*Qwen2-VL or Qwen3-VL"):
+            QwenVision.from_pretrained(tmp_path / "x.safetensors")
+
+
 # ---------------------------------------------------------------- preprocessing
 
 def test_preprocess_equals_reference():
@@ -347,6 +372,7 @@ def test_no_text_is_lost(tokenizer):
     ("vocab.json", lambda text: text[:100], "vocab.json: not valid JSON"),
     ("vocab.json", lambda text: text.replace('"A": 32', '"AA": 32'),
      "vocab.json: no token for byte 65"),
+    ("vocab.json", lambda text: f"[{text}]", "vocab.json: expected a JSON object"),
     ("merges.txt", lambda text: text.replace("i n\n", "i n g\n", 1), "merges.txt, line 4: 'i n g'"),
     ("merges.txt", lambda text: text.replace("i n\n", "in\n", 1), "merges.txt, line 4: 'in'"),
     ("merges.txt", lambda text: text.replace("i n\n", "in 日\n", 1), "merges.txt, line 4: 'in 日'"),

@@ -423,3 +423,107 @@ def test_a_file_of_something_else(tmp_path):
     words = "x.safetensors: no T5 encoder in it.*found encoder.conv_in.weight"
     with pytest.raises(ValueError, match=words):
         T5Encoder.from_pretrained(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("name, words", [
+    ("joint_blocks.0.x_block.attn.qkv.weight", "an MM-DiT, expected a T5 text encoder"),
+    ("text_model.encoder.layers.0.mlp.fc1.weight", "a CLIP text encoder, expected a T5"),
+])
+def test_another_model_is_named(tmp_path, name, words):
+    save_file({name: torch.zeros(2, 2)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=f"x.safetensors: this is {words}"):
+        T5Encoder.from_pretrained(tmp_path / "x.safetensors")
+
+
+ATTENTION_1 = "encoder.block.1.layer.0.SelfAttention."
+FEED_FORWARD_0 = "encoder.block.0.layer.1.DenseReluDense."
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda w: w.update({f"{ATTENTION_1}relative_attention_bias.weight": torch.zeros(32, 4)}),
+     "a UMT5 encoder"),
+    (lambda w: w.update({f"{FEED_FORWARD_0}wi.weight": w.pop(f"{FEED_FORWARD_0}wi_0.weight")}),
+     "the first version of T5"),
+    (lambda w: w.update({"encoder.block.0.layer.0.SelfAttention.q.lora_A": torch.zeros(1)}),
+     "a LoRA"),
+    (lambda w: w.update({"shared.weight": torch.zeros(250112, 24)}), "a multilingual T5"),
+])
+def test_relatives_of_t5_are_named(tmp_path, change, words):
+    weights = golden("t5_encoder")[0]
+    change(weights)
+    save_file(weights, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=f"x.safetensors: this is {words}") as error:
+        T5Encoder.from_pretrained(tmp_path / "x.safetensors")
+    assert "\n" not in str(error.value)
+
+
+def test_a_whole_t5_with_its_decoder(tmp_path):
+    decoder = {"decoder.final_layer_norm.weight": torch.ones(24), "lm_head.weight": torch.ones(2),
+               "decoder.block.0.layer.1.EncDecAttention.q.weight": torch.zeros(2, 2)}
+    save_file(golden("t5_encoder")[0] | decoder, tmp_path / "x.safetensors")
+    agrees(T5Encoder.from_pretrained(tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize("change", [lambda matrix: matrix * 1.01, lambda matrix: matrix[:200]])
+@pytest.mark.parametrize("changed", ["shared.weight", "encoder.embed_tokens.weight"])
+def test_two_embeddings_that_differ(tmp_path, changed, change):
+    weights = golden("t5_encoder")[0]
+    weights["encoder.embed_tokens.weight"] = weights["shared.weight"].clone()
+    weights[changed] = change(weights[changed]).contiguous()
+    save_file(weights, tmp_path / "x.safetensors")
+    words = "(?s)x.safetensors: .*shared.weight.*encoder.embed_tokens.weight"
+    with pytest.raises(ValueError, match=words):
+        T5Encoder.from_pretrained(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+def test_scaled_fp8(tmp_path, prefix):
+    """As ComfyUI writes it: each matrix divided by a factor that stands beside it."""
+    weights, inputs, _, _ = golden("t5_encoder")
+    scaled, plain = {"scaled_fp8": torch.empty(0).to(torch.float8_e4m3fn)}, {}
+    for name, tensor in weights.items():
+        plain[name] = scaled[name] = tensor.float()
+        if "SelfAttention" in name and "bias" not in name or "DenseReluDense" in name:
+            scale = tensor.float().abs().max() / 448
+            scaled[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+            scaled[name.removesuffix("weight") + "scale_weight"] = scale
+            plain[name] = scaled[name].float() * scale
+    save_file({prefix + name: x for name, x in scaled.items()}, tmp_path / "scaled.safetensors")
+    save_file(plain, tmp_path / "plain.safetensors")
+    actual, expected = (T5Encoder.from_pretrained(tmp_path / f"{name}.safetensors")
+                        for name in ("scaled", "plain"))
+    assert torch.equal(actual(inputs["ids"]), expected(inputs["ids"]))
+    assert (plain[f"{ATTENTION_1}q.weight"] - weights[f"{ATTENTION_1}q.weight"]).abs().max() < 0.05
+
+
+# ---------------------------------------------------------------- the tokenizer's file
+
+@pytest.mark.parametrize("name", ["spiece.model", "tokenizer/spiece.model",
+                                  "tokenizer_3/spiece.model", "tokenizer.model"])
+def test_the_folder_of_a_tokenizer(tmp_path, tok, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(SPIECE.read_bytes())
+    assert T5Tokenizer(tmp_path).encode("a cat") == tok.encode("a cat")
+
+
+def test_a_folder_without_a_sentencepiece_model(tmp_path):
+    with pytest.raises(ValueError, match="this folder has no spiece.model; expected"):
+        T5Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="no spiece.model but tokenizer.json, another format"):
+        T5Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+    (b"<html>", "saved web page"),
+    (b'{"version": "1.0"}', "a text that begins"),
+    (b"\x40" + bytes(7) + b"{}", "a safetensors file"),
+])
+def test_what_is_no_sentencepiece_model_is_named(tmp_path, content, words):
+    (tmp_path / "x.model").write_bytes(content)
+    with pytest.raises(ValueError, match=f"x.model: not a sentencepiece model but .*{words}"):
+        T5Tokenizer(tmp_path / "x.model")
+    folder(tmp_path)
+    with pytest.raises(ValueError, match=f"x.model: cannot read a mask token .*{words}"):
+        T5Encoder.from_pretrained(tmp_path, mask_token=tmp_path / "x.model", mask_id=299)

@@ -245,3 +245,66 @@ def test_a_file_of_something_else(tmp_path):
 def test_unknown_override(tmp_path):
     with pytest.raises(ValueError, match="unknown field 'groups'"):
         VAE.from_pretrained(diffusers_folder(tmp_path), groups=4)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 text encoder, expected an autoenc"),
+    ("joint_blocks.0.x_block.attn.qkv.weight", "an MM-DiT, expected an autoencoder"),
+    ("double_blocks.0.img_attn.qkv.weight", "a Flux transformer"),
+    ("encoder.layers.0.weight", "TAESD"),
+])
+def test_another_model_is_named(tmp_path, name, words):
+    save_file({name: torch.zeros(2, 2)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=f"x.safetensors: this is {'.*' + words}") as error:
+        VAE.from_pretrained(tmp_path / "x.safetensors")
+    assert "\n" not in str(error.value)
+
+
+def test_four_latent_channels(tmp_path):
+    weights = golden("vae_diffusers")[0]
+    weights["encoder.conv_out.weight"] = torch.zeros(8, 16, 3, 3)
+    weights["decoder.conv_in.weight"] = torch.zeros(16, 4, 3, 3)
+    weights["quant_conv.weight"] = torch.zeros(8, 8, 1, 1)
+    save_file(weights, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="Stable Diffusion 1, 2 or XL, with 4 latent channels"):
+        VAE.from_pretrained(tmp_path / "x.safetensors", norm_groups=4)
+
+
+# ---------------------------------------------------------------- constants
+
+def test_guessed_constants_are_printed(tmp_path, capsys):
+    file = tmp_path / "ae.safetensors"
+    save_file(golden("vae_single_file")[0], file)
+    vae = VAE.from_pretrained(file, norm_groups=4)
+    assert (vae.config.scale, vae.config.shift) == (1.5305, 0.0609)
+    line = capsys.readouterr().err
+    assert line.startswith(f"note: {file}: a guess") and line.count("\n") == 1
+    assert "scale 1.5305, shift 0.0609" in line and "norm_groups" not in line
+    assert "Flux" in line and "scale=0.3611, shift=0.1159" in line
+    VAE.from_pretrained(file, norm_groups=4)
+    VAE.from_pretrained(file, norm_groups=4, scale=0.3611, shift=0.1159)
+    assert not capsys.readouterr().err
+
+
+def test_the_transformer_beside_shows_the_constants(tmp_path, capsys):
+    for name, prefix, expected in (("joint_blocks", "first_stage_model.", (1.5305, 0.0609)),
+                                   ("double_blocks", "vae.", (0.3611, 0.1159))):
+        weights = {n.replace("first_stage_model.", prefix): x
+                   for n, x in golden("vae_single_file")[0].items()}
+        weights[f"model.diffusion_model.{name}.0.x"] = torch.zeros(1)
+        save_file(weights, tmp_path / f"{name}.safetensors")
+        config = VAE.from_pretrained(tmp_path / f"{name}.safetensors", norm_groups=4).config
+        assert (config.scale, config.shift) == expected
+    assert not capsys.readouterr().err
+
+
+def test_constants_of_flux_and_of_diffusers_defaults(tmp_path, capsys):
+    root = diffusers_folder(tmp_path, scaling_factor=0.3611, shift_factor=0.1159)
+    for path in (root, root / "vae" / "diffusion_pytorch_model.safetensors"):
+        config = VAE.from_pretrained(path).config
+        assert (config.scale, config.shift, config.norm_groups) == (0.3611, 0.1159, 4)
+    config = json.loads((root / "vae" / "config.json").read_text())
+    del config["shift_factor"]                                   # diffusers: no shift
+    (root / "vae" / "config.json").write_text(json.dumps(config))
+    assert VAE.from_pretrained(root).config.shift == 0
+    assert not capsys.readouterr().err
