@@ -96,33 +96,60 @@ class Metrics:
 # ---------------------------------------------------------------- skipped records
 
 class Skipped:
-    """skipped.jsonl: the records that could not be used, each once, and a limit to their number.
+    """skipped.jsonl: the records that no rank could use, each once, and a limit to their number.
 
-    allowed: the largest number; more end the run.
+    step: drop entries newer than the checkpoint that the run resumes from. allowed: the largest
+    number; more end the run. gather: collects an object of every rank, and is called by all of
+    them. writes: whether this rank writes the file.
     """
 
-    def __init__(self, path: Path, allowed: int):
-        self.path, self.allowed = path, allowed
+    def __init__(self, path: Path, step: int, allowed: int, writes: bool = True,
+                 gather: Callable[[dict], list[dict]] = lambda x: [x]):
+        self.path, self.allowed, self.writes, self.gather = path, allowed, writes, gather
+        self.new: dict[str, str] = {}                           # of this rank, not yet shared
         lines = path.read_text().splitlines() if path.exists() else []
-        self.reasons = {entry["record"]: entry["reason"] for entry in map(json.loads, lines)}
+        entries = [json.loads(line) for line in lines if line.endswith("}")]    # a kill may cut one
+        kept = [entry for entry in entries if entry["step"] <= step]
+        self.reasons = {entry["record"]: entry["reason"] for entry in kept}
+        if writes and len(kept) < len(lines):
+            text = "".join(json.dumps(entry) + "\n" for entry in kept)
+            write_atomically(path, lambda file: file.write_text(text))
 
-    def add(self, skipped: Iterable[tuple[str, str]]) -> None:
-        """List and warn of every new (record, reason). Raises ValueError beyond the limit."""
-        for record, reason in skipped:
-            if record in self.reasons:
-                continue
-            self.reasons[record] = reason
+    def add(self, skipped: Iterable[tuple[str, str]], step: int) -> None:
+        """Count (record, reason) pairs of this rank. Raises ValueError beyond the limit."""
+        self.new |= {record: why for record, why in skipped if record not in self.reasons}
+        if len(self.reasons | self.new) > self.allowed:
+            self._write(self.new, step)
+            self._refuse(self.reasons | self.new)
+
+    def share(self, step: int) -> int:
+        """Unite the new pairs of all ranks, list and warn of them. Every rank must call it.
+
+        Returns how many records were skipped so far. Raises ValueError beyond the limit.
+        """
+        united = {record: why for new in self.gather(self.new) for record, why in new.items()}
+        united = {record: why for record, why in united.items() if record not in self.reasons}
+        self.reasons |= united
+        self.new = {}
+        if self.writes:
+            self._write(united, step)
+            for record, reason in united.items():
+                tqdm.write(f"warning: {record} is skipped: {reason}")
+        if len(self.reasons) > self.allowed:
+            self._refuse(self.reasons)
+        return len(self.reasons)
+
+    def _write(self, reasons: dict[str, str], step: int) -> None:
+        lines = [json.dumps({"record": record, "reason": reason, "step": step}) + "\n"
+                 for record, reason in reasons.items()]
+        if lines:
             with open(self.path, "a") as file:
-                file.write(json.dumps({"record": record, "reason": reason}) + "\n")
-            tqdm.write(f"warning: {record} is skipped: {reason}")
-        self.check(len(self.reasons))
+                file.write("".join(lines))
 
-    def check(self, count: int) -> None:
-        """Raise ValueError if `count` records, of all ranks together, are too many."""
-        if count > self.allowed:
-            shown = "".join(f"\n  {record}: {why}" for record, why in [*self.reasons.items()][:10])
-            raise ValueError(f"{count} records could not be used, --max_skipped allows "
-                             f"{self.allowed}; the list is in {self.path}:{shown}")
+    def _refuse(self, reasons: dict[str, str]) -> None:
+        shown = "".join(f"\n  {record}: {why}" for record, why in [*reasons.items()][:10])
+        raise ValueError(f"{len(reasons)} records could not be used, --max_skipped allows "
+                         f"{self.allowed}; the list is in {self.path}:{shown}")
 
 
 def allowed_skips(share: float, count: int) -> int:

@@ -646,8 +646,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"warning: {text!r}: {warning}", file=sys.stderr)
         lines = _draw_pictures(pipeline, a) if a.names else _write_texts(pipeline, a)
         for line in lines:
-            done += 1
             print(line, flush=True)
+            done += 1
         return
     except KeyboardInterrupt:
         ending, status = "interrupted", 130

@@ -379,9 +379,6 @@ def set_up(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> Traini
             tqdm.write(line)
     model, average = load_models(config, frozen.tokenizer.vocab_size, checkpoint, device)
     check_parts(config, model, frozen)
-    skipped = Skipped(files.skipped, allowed_skips(config.max_skipped, len(dataset.records)))
-    if ranks.first:
-        skipped.add(dataset.records.unusable)
     optimizers = make_optimizers(model, config)
     origin = {"world": ranks.world, "data": dataset.records.digest,
               "global_batch": config.batch_size * config.accumulation * ranks.world}
@@ -393,6 +390,11 @@ def set_up(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> Traini
         progress = load_optimizers(optimizers, checkpoint)
         if progress.step > config.steps:
             raise ValueError(f"--steps {config.steps}: {checkpoint} has more steps already")
+    skipped = Skipped(files.skipped, progress.step,
+                      allowed_skips(config.max_skipped, len(dataset.records)), ranks.first,
+                      ranks.gather)
+    skipped.add(dataset.records.unusable, progress.step)
+    skipped.share(progress.step)
     teacher = None
     if config.intrinsic_weight and runs_teacher_online(config, dataset):
         teacher = load_teacher(parts.teacher, frozen_dtype(config, device), device)
@@ -431,7 +433,7 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
             records: list[str] = []
             for micro in range(config.accumulation):
                 batch = next(batches).to(device)
-                skipped.add(batch.skipped)
+                skipped.add(batch.skipped, step)
                 records += batch.records
                 if teacher is not None and batch.captions and batch.prompts is not None:
                     batch = batch._replace(features=online_features(batch, teacher))
@@ -464,9 +466,7 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
             bar.update()
 
             if step % config.log_every == 0 or step in (*config.keep, config.steps):
-                count = torch.tensor(float(len(skipped.reasons)), device=device)
-                count = round((ranks.mean(count) * ranks.world).item())
-                skipped.check(count)
+                count = skipped.share(step)
                 extra = {"skipped": count} if count else {}
                 line = metrics.write(step, grad_norm=round(norm.item(), 4),
                                      seconds=round(time.time() - start, 1), **extra)
@@ -477,6 +477,7 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
             signal_count = ranks.mean(torch.tensor(float(len(signals)), device=device))
             stopping = signal_count.item() > 0              # a signal to one rank stops all
             if stopping or step % config.save_every == 0 or step == config.steps:
+                skipped.share(step)
                 unfinished = metrics.state()
                 if ranks.first:
                     save_checkpoint(run, step, time.time() - start, model, average, optimizers,

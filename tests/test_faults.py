@@ -456,3 +456,195 @@ def test_ranks_share_the_gradient_of_the_global_batch(finished, starter, tmp_pat
         assert gradients[world].keys() == gradients[1].keys()
         for name, gradient in gradients[1].items():
             torch.testing.assert_close(gradients[world][name], gradient, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- resume
+
+def test_resume_on_other_ranks(finished, starter, tmp_path):
+    """The same global batch goes on and says so; another one is refused, with the reason."""
+    run = tmp_path / "run"
+    starter.run(*options(finished, write_pairs(tmp_path)), "--steps", "2", "--out", run)
+    resume = "--resume", "--out", run, "--steps"
+    for rank in starter.start_ranks(2, *resume, "4"):
+        assert rank.wait() == 1
+        assert "global batch 8, not 4" in rank.error() and "--batch_size" in rank.error()
+    ranks = starter.start_ranks(2, *resume, "4", "--batch_size", "2")
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text()
+    assert "resumed by 2 ranks, before 1" in ranks[0].text()
+    assert "global batch of 4" in ranks[0].text() and "global batch" not in ranks[1].text()
+    again = starter.start(*resume, "6", "--batch_size", "2")
+    assert again.wait() == 1 and "global batch 2, not 4" in again.error()
+    assert "before 2" in starter.run(*resume, "6", "--batch_size", "1", "--accumulation", "4")
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_with_other_data(finished, starter, tmp_path):
+    """Refused, unless the change is meant; then the new data is what later resumes expect."""
+    run, data = tmp_path / "run", write_pairs(tmp_path)
+    starter.run(*options(finished, data), "--steps", "2", "--out", run)
+    lines = data.read_text().splitlines(keepends=True)
+    resume = "--resume", "--out", run, "--steps", "4"
+    for changed in (lines + lines[:1], lines[:-1], lines[::-1],
+                    [lines[0].replace("red", "blue"), *lines[1:]]):
+        data.write_text("".join(changed))
+        refused = starter.start(*resume)
+        assert refused.wait() == 1
+        assert "data has changed" in refused.error() and "--new_data true" in refused.error()
+    data.write_text("".join(lines))
+    os.utime(data, (1, 1))                                      # another time, the same contents
+    assert "data has changed" not in starter.run("--resume", "--out", run, "--steps", "3")
+    data.write_text("".join(lines + lines[:1]))
+    assert "data has changed" in starter.run(*resume, "--new_data", "true")
+    assert "data has changed" not in starter.run("--resume", "--out", run, "--steps", "5")
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5]
+
+
+def test_resume_trains_longer(finished, starter, tmp_path):
+    """As if the run had been that long from the start; fewer steps than there are is an error."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    arguments = options(finished, write_pairs(tmp_path), "--decay", "false")
+    starter.run(*arguments, "--out", whole, "--steps", "5")
+    starter.run(*arguments, "--out", run, "--steps", "2")
+    starter.run("--resume", "--out", run, "--steps", "5")
+    assert_same(run, whole)
+    assert read_config(RunFiles(run).config).steps == 5
+    shorter = starter.start("--resume", "--out", run, "--steps", "4")
+    assert shorter.wait() == 1 and "--steps 4" in shorter.error()
+
+
+# ---------------------------------------------------------------- broken data
+
+def test_a_broken_picture_ends_the_run_in_one_line(finished, tmp_path):
+    """The real command with loader processes, which once hung for ever."""
+    data = write_pairs(tmp_path)
+    truncate(tmp_path / "7.jpg")
+    arguments = options(finished, data, "--out", str(tmp_path / "run"), "--cache_latents", "false",
+                        "--workers", "2", "--max_skipped", "0")
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], timeout=SOON,
+                          capture_output=True, text=True)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert len(errors) == 1 and "--max_skipped" in errors[0]
+    assert f"{data}, line 8: {tmp_path / '7.jpg'}: cannot be read as a picture" in done.stderr
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("loading", [
+    ["--cache_latents", "true"], ["--cache_latents", "false", "--workers", "0"],
+    ["--cache_latents", "false", "--workers", "2"]])
+def test_without_any_usable_picture(finished, starter, tmp_path, loading, world):
+    data = write_pairs(tmp_path)
+    for picture in tmp_path.glob("*.jpg"):
+        truncate(picture)
+    arguments = [*options(finished, data, "--out", str(tmp_path / "run")), *loading]
+    ranks = starter.start_ranks(world, *arguments)
+    assert [rank.wait() for rank in ranks] == [1] * world
+    shown = [rank for rank in ranks if "text_to_image can be used" in rank.text()]
+    assert shown and re.search(rf"{data}, line \d+: \S+\.jpg: cannot be read", shown[0].error())
+
+
+@pytest.mark.parametrize("loading", [
+    ["--cache_latents", "true"], ["--cache_latents", "false", "--workers", "2"]])
+def test_a_broken_picture_is_skipped(finished, starter, tmp_path, loading):
+    """Warned of and listed once, counted in every later line; a resumed run is as exact as ever.
+
+    The second run stops at a checkpoint after the record is found, the third is killed before it.
+    """
+    data = write_pairs(tmp_path)
+    truncate(tmp_path / "7.jpg")
+    arguments = [*options(finished, data, "--steps", "9", "--save_every", "4"), *loading]
+    whole = tmp_path / "whole"
+    printed = starter.run(*arguments, "--out", whole)
+    entry = {"record": f"{data}, line 8"}
+    counts = [line.get("skipped", 0) for line in losses(whole)]
+    first = counts.index(1)
+    assert 0 < first < 3 and counts == [0] * first + [1] * (9 - first)
+
+    def check(run: Path) -> None:
+        assert_same(run, whole)
+        [listed] = map(json.loads, RunFiles(run).skipped.read_text().splitlines())
+        assert listed | entry == listed and "7.jpg" in listed["reason"]
+
+    check(whole)
+    assert printed.count("warning: ") == 1 and f"{data}, line 8 is skipped" in printed
+    for name, fault in (("stopped", ["stop in step", 5]), ("killed", ["kill in step", 2])):
+        run = tmp_path / name
+        starter.start(*arguments, "--out", run, fault=fault).wait()
+        assert "warning" not in starter.run("--resume", "--out", run) or name == "killed"
+        check(run)
+
+
+def test_two_ranks_count_a_broken_picture_once(finished, starter, tmp_path):
+    """Both ranks meet it in some epoch; a resumed run counts what both found before."""
+    data, run = write_pairs(tmp_path), tmp_path / "run"
+    truncate(tmp_path / "7.jpg")
+    arguments = options(finished, data, "--batch_size", "2", "--cache_latents", "false",
+                        "--workers", "0", "--steps", "24", "--save_every", "12")
+    ranks = starter.start_ranks(2, *arguments, "--out", run)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text() + ranks[1].text()
+    assert losses(run)[-1]["skipped"] == 1
+    assert len(RunFiles(run).skipped.read_text().splitlines()) == 1
+    ranks = starter.start_ranks(2, "--resume", "--out", run, "--steps", "30")
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text() + ranks[1].text()
+    assert losses(run)[-1]["skipped"] == 1
+    assert len(RunFiles(run).skipped.read_text().splitlines()) == 1
+
+
+def test_every_kind_of_bad_record_is_skipped(finished, starter, tmp_path):
+    """With the reason of each, up to the share that is allowed."""
+    data, run = write_pairs(tmp_path, 16), tmp_path / "run"
+    truncate(tmp_path / "0.jpg")
+    (tmp_path / "1.jpg").write_bytes(b"")
+    (tmp_path / "2.jpg").write_text("not a picture")
+    (tmp_path / "3.jpg").unlink()
+    (tmp_path / "4.jpg").unlink()
+    (tmp_path / "4.jpg").mkdir()
+    broken = bytearray((finished / "data" / "images" / "train" / "000000.png").read_bytes())
+    broken[20:24] = b"\xff\xff\xff\xff"     # a height of four billion
+    (tmp_path / "5.jpg").write_bytes(broken)
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    lines[6]["conversations"][0]["value"] = " "
+    lines[7]["conversations"][0]["value"] = "a circle <extra_id_0> circle"
+    lines[8]["conversations"] = ["a small circle " * 20, "a circle"]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = options(finished, data, "--cache_latents", "false", "--workers", "1", "--steps",
+                        "12", "--out", str(run), "--batch_size", "4")
+    starter.run(*arguments, "--max_skipped", "1")
+    listed = {entry["record"]: entry["reason"]
+              for entry in map(json.loads, RunFiles(run).skipped.read_text().splitlines())}
+    assert listed.keys() == {f"{data}, line {number}" for number in range(1, 10)}
+    assert losses(run)[-1]["skipped"] == 9
+    shutil.rmtree(run)
+    process = starter.start(*arguments, "--max_skipped", "0.5")
+    assert process.wait() == 1
+    assert "records could not be used, --max_skipped allows" in process.error()
+    assert process.text().count(f"\n  {data}, line ") >= 4      # the list
+
+
+# ---------------------------------------------------------------- another folder
+
+def test_relative_paths_work_from_other_folders(finished, starter, tmp_path):
+    """A run is resumed and sampled from another folder, and after it was moved with its data."""
+    home = tmp_path / "home"
+    write_pairs(home / "data")
+    for name in ("vae.safetensors", "text_encoder.safetensors", "tokenizer.model"):
+        shutil.copy(finished / name, home / "data" / name)
+    arguments = [*LOOP, "--weights", "*=1", "--intrinsic_weight", "0", "--steps", "2",
+                 "--data", "data/pairs.jsonl", "--vae_path", "data/vae.safetensors",
+                 "--t5_path", "data/text_encoder.safetensors",
+                 "--tokenizer_path", "data/tokenizer.model", "--out", "runs/one"]
+    starter.run(*arguments, cwd=home)
+    starter.run("--resume", "--out", "../runs/one", "--steps", "3", cwd=home / "data")
+    moved = tmp_path / "moved"
+    home.rename(moved)
+    starter.run("--resume", "--out", "one", "--steps", "4", cwd=moved / "runs")
+    assert [line["step"] for line in metrics(moved / "runs" / "one")] == [1, 2, 3, 4]
+    assert not home.exists()
+    drawn = subprocess.run(
+        [sys.executable, str(ROOT / "sample.py"), "--run", "runs/one", "--out", "a.png", WORDS[0]],
+        cwd=moved, capture_output=True, text=True)
+    assert drawn.returncode == 0, drawn.stderr
+    assert Image.open(moved / "a.png").size == (64, 64)
+    (moved / "data" / "pairs.jsonl").unlink()
+    lost = starter.start("--resume", "--out", "one", "--steps", "5", cwd=moved / "runs")
+    assert lost.wait() == 1 and "pairs.jsonl: no such file" in lost.error()

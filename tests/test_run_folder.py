@@ -252,17 +252,38 @@ def test_where_a_checkpoint_was(finished):
 
 def test_skipped_records_are_listed_once_and_limited(tmp_path, capsys):
     file = tmp_path / "skipped.jsonl"
-    skipped = Skipped(file, allowed=2)
-    skipped.add([("a.jsonl, line 1", "broken"), ("a.jsonl, line 1", "broken")])
-    skipped.add([("a.jsonl, line 7", "missing"), ("a.jsonl, line 1", "broken")])
+    skipped = Skipped(file, step=0, allowed=2)
+    skipped.add([("a.jsonl, line 1", "broken"), ("a.jsonl, line 1", "broken")], step=3)
+    assert skipped.share(4) == 1 and skipped.share(5) == 1
+    skipped.add([("a.jsonl, line 7", "missing"), ("a.jsonl, line 1", "broken")], step=5)
+    assert skipped.share(6) == 2
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert lines == [{"record": "a.jsonl, line 1", "reason": "broken"},
-                     {"record": "a.jsonl, line 7", "reason": "missing"}]
+    assert lines == [{"record": "a.jsonl, line 1", "reason": "broken", "step": 4},
+                     {"record": "a.jsonl, line 7", "reason": "missing", "step": 6}]
     assert capsys.readouterr().out.count("a.jsonl, line 1 is skipped: broken") == 1
-    again = Skipped(file, allowed=2)                            # of a resumed run
-    again.add([("a.jsonl, line 7", "missing")])
+    again = Skipped(file, step=6, allowed=2)                    # of a resumed run
+    again.add([("a.jsonl, line 7", "missing")], step=6)
     with pytest.raises(ValueError, match="(?s)3 records.*allows 2.*a.jsonl, line 9: empty"):
-        again.add([("a.jsonl, line 9", "empty")])
+        again.add([("a.jsonl, line 9", "empty")], step=7)
+
+
+def test_skipped_records_newer_than_the_checkpoint_are_dropped(tmp_path):
+    """And a line that a kill has cut off."""
+    file = tmp_path / "skipped.jsonl"
+    old, new = ('{"record": "%s", "reason": "broken", "step": %d}' % pair for pair in
+                (("a, line 1", 2), ("a, line 2", 5)))
+    file.write_text(f"{old}\n{new}\n{new[:20]}")
+    assert set(Skipped(file, 4, 9, writes=False).reasons) == {"a, line 1"}
+    assert file.read_text().count("\n") == 2                    # another rank writes
+    assert set(Skipped(file, 4, 9).reasons) == {"a, line 1"} and file.read_text() == f"{old}\n"
+
+
+def test_ranks_count_a_skipped_record_once(tmp_path):
+    file = tmp_path / "skipped.jsonl"
+    other = {"a, line 1": "broken", "a, line 3": "missing"}
+    skipped = Skipped(file, 0, 9, gather=lambda new: [new, other])
+    skipped.add([("a, line 1", "broken"), ("a, line 2", "empty")], step=1)
+    assert skipped.share(2) == 3 and file.read_text().count("\n") == 3
 
 
 @pytest.mark.parametrize("share, count, allowed", [
