@@ -398,6 +398,8 @@ def set_up(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> Traini
     teacher = None
     if config.intrinsic_weight and runs_teacher_online(config, dataset):
         teacher = load_teacher(parts.teacher, frozen_dtype(config, device), device)
+        if ranks.first:
+            tqdm.write(f"the teacher runs in every step, for {len(dataset.aligned)} pairs")
     elif config.intrinsic_weight:
         align(dataset, config, parts, model.config.align_dims[1], ranks)
     if config.cache_latents and progress.step < config.steps:

@@ -143,6 +143,23 @@ def test_weights_choose_the_tasks(finished, tmp_path, capsys):
     assert "poses" in str(stopped.value.code)
 
 
+def test_the_teacher_may_run_in_every_step(finished, tmp_path):
+    """The loss is that of cached features, but for their float16."""
+    arguments = [*LOOP, *part_options(finished), "--data", str(finished / "data" / "train.jsonl"),
+                 "--weights", "text_to_image=1", "--autocast", "false", "--steps", "2"]
+    intrinsic = []
+    for online in ("true", "false"):
+        run = tmp_path / online
+        train.main([*arguments, "--cache_latents", "false", "--teacher_online", online,
+                    "--out", str(run)])
+        intrinsic.append([line["intrinsic"] for line in metrics(run)])
+    assert len(intrinsic[0]) == 2 and intrinsic[0] == pytest.approx(intrinsic[1], abs=1e-3)
+    assert intrinsic[0] != intrinsic[1]
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*arguments, "--teacher_online", "true", "--out", str(tmp_path / "cached")])
+    assert "--cache_latents false" in str(stopped.value.code)
+
+
 def test_stages_start_from_each_other(tmp_path, monkeypatch):
     """Each stage takes weights, frozen parts and data from the run of the stage before."""
     monkeypatch.chdir(tmp_path)
