@@ -6,7 +6,6 @@ Lines of JSON on standard input, each answered by a line:
 A process is a fork of this one. It becomes `python train.py ARGV`, and ends as that would.
 """
 import builtins
-import gc
 import itertools
 import json
 import os
@@ -64,16 +63,16 @@ def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def fill_disk(name: str, save: int) -> None:
-    """Let no file grow beyond 1000 bytes, as if the disk were full, from a save of `name` on."""
-    real, saves = run_folder.save, itertools.count(1)
+def fill_disk(name: str) -> None:
+    """Let no file grow beyond 1000 bytes, as if the disk were full, from the save of `name` on."""
+    real = run_folder.save
 
-    def save_or_fail(path, *arguments, **metadata):
-        if path.name == name and next(saves) == save:
+    def save(path, *arguments, **metadata):
+        if path.name == name:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         real(path, *arguments, **metadata)
 
-    run_folder.save = save_or_fail
+    run_folder.save = save
 
 
 def nan_in_step(step: int) -> None:
@@ -186,6 +185,5 @@ def serve() -> bool:
 
 
 if __name__ == "__main__":
-    gc.freeze()                             # else every fork copies memory when it ends
     if serve():
         train.main()
