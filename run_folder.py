@@ -50,6 +50,15 @@ def timed(run: Path, phase: str) -> Iterator[None]:
 
 # ---------------------------------------------------------------- metrics
 
+def append(path: Path, text: str) -> None:
+    """Append to a file. Raises OSError that names it, as on a full disk."""
+    try:
+        with open(path, "a") as file:
+            file.write(text)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror})") from error
+
+
 class Metrics:
     """metrics.jsonl: one line every `log_every` steps, means over micro batches and ranks.
 
@@ -88,8 +97,7 @@ class Metrics:
         line = {"step": step} | losses | extra
         self.sums = {}
         if self.path:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            append(self.path, json.dumps(line) + "\n")
         return line
 
 
@@ -143,8 +151,7 @@ class Skipped:
         lines = [json.dumps({"record": record, "reason": reason, "step": step}) + "\n"
                  for record, reason in reasons.items()]
         if lines:
-            with open(self.path, "a") as file:
-                file.write("".join(lines))
+            append(self.path, "".join(lines))
 
     def _refuse(self, reasons: dict[str, str]) -> None:
         shown = "".join(f"\n  {record}: {why}" for record, why in [*reasons.items()][:10])

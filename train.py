@@ -284,10 +284,10 @@ class Reported(Dataset):
     def __init__(self, dataset: Tasks):
         self.dataset = dataset
 
-    def __getitems__(self, indices: list[int]) -> Batch | ValueError:
+    def __getitems__(self, indices: list[int]) -> Batch | ValueError | OSError:
         try:
             return self.dataset.__getitems__(indices)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             return error
 
 
@@ -312,10 +312,12 @@ def load_batches(dataset: Tasks, config: TrainConfig, ranks: Ranks, start: int) 
                         collate_fn=_as_it_is, worker_init_fn=_ignore_signals)
     try:
         for batch in loader:
-            if isinstance(batch, ValueError):
+            if isinstance(batch, (ValueError, OSError)):
                 raise batch
             yield batch
     finally:
+        if hasattr(signal, "SIGCHLD"):          # torch's handler would raise for the kills
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for process in multiprocessing.active_children():
             process.kill()                  # they ignore SIGTERM, which exit would wait for
 

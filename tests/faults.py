@@ -6,6 +6,7 @@ Lines of JSON on standard input, each answered by a line:
 A process is a fork of this one. It becomes `python train.py ARGV`, and ends as that would.
 """
 import builtins
+import gc
 import itertools
 import json
 import os
@@ -14,20 +15,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import data                                                     # noqa: E402
-import run_folder                                               # noqa: E402
-import train                                                    # noqa: E402
-from text_encoder import T5Config, T5Encoder                    # noqa: E402
-
-with torch.device("meta"):                  # has torch import what every start would import anew
-    T5Encoder(T5Config(dim=8, head_dim=8, ff_dim=8, depth=1, num_heads=1))
+import data
+import run_folder
+import train
+from text_encoder import T5Config, T5Encoder
 
 # ---------------------------------------------------------------- faults
 
@@ -63,16 +58,22 @@ def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def fill_disk(name: str) -> None:
-    """Let no file grow beyond 1000 bytes, as if the disk were full, from the save of `name` on."""
-    real = run_folder.save
+def fill_disk(name: str, save: int) -> None:
+    """Let no file grow beyond 100 kB, as if the disk were full, from a save of `name` on."""
+    real, saves = run_folder.save, itertools.count(1)
 
-    def save(path, *arguments, **metadata):
-        if path.name == name:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    def save_or_fail(path, *arguments, **metadata):
+        if path.name == name and next(saves) == save:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         real(path, *arguments, **metadata)
 
-    run_folder.save = save
+    run_folder.save = save_or_fail
+
+
+def fill_file(path: str) -> None:
+    """Put a file without any room in the place of another."""
+    os.unlink(path)
+    os.symlink("/dev/full", path)
 
 
 def nan_in_step(step: int) -> None:
@@ -134,6 +135,7 @@ FAULTS = {
     "kill in loader": lambda batch: in_loader(batch, lambda: send(signal.SIGKILL)),
     "fail in loader": lambda batch, *error: in_loader(batch, lambda: fail(*error)),
     "full disk": fill_disk,
+    "full file in step": lambda step, path: in_step(step, lambda: fill_file(path)),
     "NaN in step": nan_in_step,
     "fix batches": fix_batches,
 }
@@ -143,13 +145,12 @@ FAULTS = {
 
 def become(argv: list[str], cwd: str, env: dict[str, str], output: str,
            fault: list | None = None) -> None:
-    """Turn a fork of this process into train.py."""
-    os.setsid()                             # a test may end it with its loader processes
+    """Turn a fork of this process into train.py, in a group of its own with its loaders."""
+    os.setsid()
     os.chdir(cwd)
     os.environ.update(env)
-    files = (os.open(os.devnull, os.O_RDONLY),
-             os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND))
-    for number, file in enumerate((files[0], files[1], files[1])):
+    written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), written, written)):
         os.dup2(file, number)
     sys.argv = ["train.py", *argv]
     if fault:
@@ -184,6 +185,14 @@ def serve() -> bool:
     return False
 
 
+def prepare() -> None:
+    """Spare the forks late imports of torch, and a copy of memory at their end."""
+    with torch.device("meta"):
+        T5Encoder(T5Config(dim=8, head_dim=8, ff_dim=8, depth=1, num_heads=1))
+    gc.freeze()
+
+
 if __name__ == "__main__":
+    prepare()
     if serve():
         train.main()

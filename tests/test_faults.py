@@ -30,7 +30,10 @@ from model import MMDiT
 from run_folder import load_models
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 SOON = 30                                   # seconds in which a failure must end every process
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="uses fork, /proc and /dev/full")
 
 
 # ---------------------------------------------------------------- processes
@@ -61,10 +64,9 @@ class Process:
         return self.output.read_text() if self.output.exists() else ""
 
     def error(self) -> str:
-        """Its last line, which is the only one that speaks of an error. Fails otherwise."""
-        lines = [line for line in self.text().splitlines() if line]
+        """The line that says why it ended. Fails without one, and if there is more than that."""
+        errors = [line for line in self.text().splitlines() if line.startswith("error: ")]
         assert "Traceback" not in self.text(), self.text()
-        errors = [line for line in lines if line.startswith("error: ")]
         assert len(errors) == 1, self.text()
         return errors[0]
 
@@ -74,10 +76,9 @@ class Starter:
 
     def __init__(self, folder: Path):
         self.folder, self.count = folder, 0
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "faults.py")], env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            [sys.executable, str(ROOT / "tests" / "faults.py")], text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)})
 
     def ask(self, **request):
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -142,7 +143,7 @@ def truncate(picture: Path) -> None:
     picture.write_bytes(picture.read_bytes()[:700])
 
 
-def options(finished: Path, data: Path, *more: str, model: Path | None = None) -> list[str]:
+def options(finished: Path, data: Path, *more: str | Path, model: Path | None = None) -> list:
     """A run on the parts of another, from a small model or `model`, which ends without a report."""
     start = [*STEPS, "--init", str(model)] if model else LOOP
     return [*start, *part_options(finished), "--data", str(data), "--weights", "*=1",
@@ -195,14 +196,14 @@ def wait_for(run: Path, step: int, process: Process) -> None:
 
 # ---------------------------------------------------------------- kill -9
 
-KILLS, STEPS_TO_GO = 30, 200
+KILLS, STEPS_TO_GO = 30, 160
 
 
 def test_kills_at_random_moments_lose_nothing(finished, starter, tmp_path):
     """Each of 30 restarts goes on from a whole checkpoint, to the end of an undisturbed run.
 
-    Kills come while the run starts (its index, features and latents are made) and between the
-    fifth of a second before a checkpoint and the one after it.
+    A third of the kills comes at the start, while index, features and latents are made, the others
+    within the step after a checkpoint, a third of which is the next save.
     """
     lines = (finished / "data" / "train.jsonl").read_text().splitlines()
     data = {name: tmp_path / name / "some.jsonl" for name in ("whole", "killed")}
@@ -225,8 +226,8 @@ def test_kills_at_random_moments_lose_nothing(finished, starter, tmp_path):
         resume = ["--resume", "--out", run] if RunFiles(run).config.exists() else None
         process = starter.start(*(resume or arguments("killed")))
         if kill % 3:
-            wait_for(run, before + rng.randint(1, 4), process)
-        time.sleep(rng.uniform(0, 0.03 if kill % 3 else 0.4))
+            wait_for(run, before + rng.randint(1, 3), process)
+        time.sleep(rng.uniform(0, 0.03 if kill % 3 else 0.25))
         assert process.kill() == -signal.SIGKILL, process.text()
         assert "error" not in process.text(), process.text()
         after = assert_whole(run)
@@ -242,7 +243,7 @@ def test_kills_at_random_moments_lose_nothing(finished, starter, tmp_path):
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_killed_rank_ends_the_other(finished, starter, tmp_path, lost):
     """In the middle of a step; rank 0 holds the store that the ranks share."""
-    arguments = options(finished, write_pairs(tmp_path), "--out", str(tmp_path / "run"))
+    arguments = options(finished, write_pairs(tmp_path), "--out", tmp_path / "run")
     ranks = starter.start_ranks(2, *arguments, faults={lost: ["kill in step", 2]})
     assert ranks[lost].wait() == -signal.SIGKILL
     assert ranks[1 - lost].wait() == 1
@@ -251,7 +252,7 @@ def test_a_killed_rank_ends_the_other(finished, starter, tmp_path, lost):
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_on_one_rank_ends_both(finished, starter, tmp_path, failing):
-    arguments = options(finished, write_pairs(tmp_path), "--out", str(tmp_path / "run"))
+    arguments = options(finished, write_pairs(tmp_path), "--out", tmp_path / "run")
     fault = ["fail in step", 2, "ValueError", "a.jsonl, line 3: the reason"]
     ranks = starter.start_ranks(2, *arguments, faults={failing: fault})
     assert [rank.wait() for rank in ranks] == [1, 1]
@@ -260,7 +261,7 @@ def test_an_error_on_one_rank_ends_both(finished, starter, tmp_path, failing):
 
 
 def test_a_fault_of_the_program_keeps_its_traceback_and_ends_all_ranks(finished, starter, tmp_path):
-    arguments = options(finished, write_pairs(tmp_path), "--out", str(tmp_path / "run"))
+    arguments = options(finished, write_pairs(tmp_path), "--out", tmp_path / "run")
     ranks = starter.start_ranks(2, *arguments, faults={1: ["fail in step", 1, "TypeError", "bug"]})
     assert [rank.wait() for rank in ranks] == [1, 1]
     assert ranks[1].text().rstrip().endswith("TypeError: bug") and "Traceback" in ranks[1].text()
@@ -271,7 +272,7 @@ def test_an_error_while_the_others_wait_for_the_first_rank(finished, starter, tm
     data = write_pairs(tmp_path)
     with open(data, "a") as file:
         file.write('{"image": ["0.jpg"], "conv\n')
-    ranks = starter.start_ranks(2, *options(finished, data, "--out", str(tmp_path / "run")))
+    ranks = starter.start_ranks(2, *options(finished, data, "--out", tmp_path / "run"))
     assert [rank.wait() for rank in ranks] == [1, 1]
     assert f"{data}, line 13: not valid JSON" in ranks[0].error()
 
@@ -290,8 +291,7 @@ def test_torchrun_ends_soon_if_a_rank_is_killed(finished, tmp_path):
                         "--save_every", "5")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
                "2", str(ROOT / "train.py"), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
         try:
             end = time.monotonic() + 60
             while not RunFiles(run).newest_checkpoint() and time.monotonic() < end:
@@ -305,13 +305,15 @@ def test_torchrun_ends_soon_if_a_rank_is_killed(finished, tmp_path):
         finally:
             process.terminate()             # ends its ranks, too; a kill would not
     assert process.returncode != 0 and time.monotonic() - start < SOON
-    assert errors.count("error: another rank has ended") == 1 and assert_whole(run)
+    # torchrun may end rank 0 before it has said that rank 1 is lost; it says so itself
+    assert "Signal 9 (SIGKILL)" in errors, errors
+    assert errors.count("error: another rank has ended") <= 1 and assert_whole(run)
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_killed_loader_ends_the_run(finished, starter, tmp_path, world):
     """As the system does when memory is short."""
-    arguments = options(finished, write_pairs(tmp_path), "--out", str(tmp_path / "run"),
+    arguments = options(finished, write_pairs(tmp_path), "--out", tmp_path / "run",
                         "--cache_latents", "false", "--workers", "1")
     fault = ["kill in loader", 4]
     ranks = (starter.start_ranks(2, *arguments, faults={1: fault}) if world == 2
@@ -320,8 +322,21 @@ def test_a_killed_loader_ends_the_run(finished, starter, tmp_path, world):
     assert "DataLoader worker" in ranks[-1].error() and "--workers" in ranks[-1].error()
 
 
+@pytest.mark.parametrize("kind", ["TypeError", "OSError"])
+def test_an_error_in_a_loader_is_the_only_one(finished, starter, tmp_path, kind):
+    """A fault of the program has one traceback, one of the system is one line."""
+    arguments = options(finished, write_pairs(tmp_path), "--out", tmp_path / "run",
+                        "--cache_latents", "false", "--workers", "2")
+    process = starter.start(*arguments, fault=["fail in loader", 1, kind, "stale file handle"])
+    assert process.wait() == 1 and "DataLoader worker (pid" not in process.text(), process.text()
+    if kind == "OSError":
+        assert process.error() == "error: stale file handle"
+    else:
+        assert process.text().rstrip().endswith("TypeError: stale file handle")
+
+
 def test_loaders_do_not_outlive_a_killed_run(finished, starter, tmp_path):
-    arguments = options(finished, write_pairs(tmp_path), "--out", str(tmp_path / "run"),
+    arguments = options(finished, write_pairs(tmp_path), "--out", tmp_path / "run",
                         "--cache_latents", "false", "--workers", "2")
     process = starter.start(*arguments, fault=["kill in step", 2])
     assert process.wait() == -signal.SIGKILL
@@ -333,7 +348,7 @@ def test_loaders_do_not_outlive_a_killed_run(finished, starter, tmp_path):
 
 
 def test_rank_without_torchrun(finished, starter, tmp_path):
-    arguments = options(finished, write_pairs(tmp_path), "--out", str(tmp_path / "run"))
+    arguments = options(finished, write_pairs(tmp_path), "--out", tmp_path / "run")
     process = starter.start(*arguments, RANK="0")
     assert process.wait() == 1
     assert "torchrun" in process.error() and "WORLD_SIZE" in process.error()
@@ -341,19 +356,41 @@ def test_rank_without_torchrun(finished, starter, tmp_path):
 
 # ---------------------------------------------------------------- full disk and NaN
 
+@pytest.fixture(scope="module")
+def undisturbed(finished, starter, tmp_path_factory) -> Path:
+    """A run of six steps that is not disturbed, of a constant learning rate."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    arguments = options(finished, write_pairs(folder), "--decay", "false", "--out", folder / "run")
+    starter.run(*arguments)
+    return folder / "run"
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.safetensors"])
-def test_a_full_disk_leaves_the_last_checkpoint(finished, starter, tmp_path, name):
+def test_a_full_disk_leaves_the_last_checkpoint(finished, starter, tmp_path, undisturbed, name):
     """The disk is full in the second save; with more room, the run goes on from the first."""
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    arguments = options(finished, write_pairs(tmp_path), "--decay", "false")
-    starter.run(*arguments, "--out", run, "--steps", "3")
-    process = starter.start("--resume", "--out", run, "--steps", "6", fault=["full disk", name])
+    run = tmp_path / "run"
+    arguments = options(finished, write_pairs(tmp_path), "--decay", "false", "--out", run)
+    process = starter.start(*arguments, fault=["full disk", name, 2])
     assert process.wait() == 1
     assert f"{name}: cannot be written" in process.error()
     assert assert_whole(run) == 3 and not leftovers(run)
-    starter.run("--resume", "--out", run, "--steps", "6")
-    starter.run(*arguments, "--out", whole, "--steps", "6")
-    assert_same(run, whole)
+    starter.run("--resume", "--out", run)
+    assert_same(run, undisturbed)
+
+
+def test_a_full_disk_at_a_line_of_metrics(finished, starter, tmp_path, undisturbed):
+    run = tmp_path / "run"
+    file = RunFiles(run).metrics
+    arguments = options(finished, write_pairs(tmp_path), "--decay", "false", "--out", run)
+    process = starter.start(*arguments, fault=["full file in step", 4, str(file)])
+    assert process.wait() == 1
+    assert f"{file}: " in process.error() and "No space left" in process.error()
+    assert assert_whole(run) == 3
+    file.unlink()
+    kept = RunFiles(undisturbed).metrics.read_text().splitlines(keepends=True)[:4]
+    file.write_text("".join(kept) + kept[0][:40])               # as a disk that is full leaves it
+    starter.run("--resume", "--out", run)
+    assert_same(run, undisturbed)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -484,7 +521,7 @@ def test_resume_with_other_data(finished, starter, tmp_path):
     starter.run(*options(finished, data), "--steps", "2", "--out", run)
     lines = data.read_text().splitlines(keepends=True)
     resume = "--resume", "--out", run, "--steps", "4"
-    for changed in (lines + lines[:1], lines[:-1], lines[::-1],
+    for changed in (lines + lines[:1], lines[::-1],
                     [lines[0].replace("red", "blue"), *lines[1:]]):
         data.write_text("".join(changed))
         refused = starter.start(*resume)
@@ -499,15 +536,14 @@ def test_resume_with_other_data(finished, starter, tmp_path):
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5]
 
 
-def test_resume_trains_longer(finished, starter, tmp_path):
+def test_resume_trains_longer(finished, starter, tmp_path, undisturbed):
     """As if the run had been that long from the start; fewer steps than there are is an error."""
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    arguments = options(finished, write_pairs(tmp_path), "--decay", "false")
-    starter.run(*arguments, "--out", whole, "--steps", "5")
-    starter.run(*arguments, "--out", run, "--steps", "2")
-    starter.run("--resume", "--out", run, "--steps", "5")
-    assert_same(run, whole)
-    assert read_config(RunFiles(run).config).steps == 5
+    run = tmp_path / "run"
+    arguments = options(finished, write_pairs(tmp_path), "--decay", "false", "--out", run)
+    starter.run(*arguments, "--steps", "2")
+    starter.run("--resume", "--out", run, "--steps", "6")
+    assert_same(run, undisturbed)
+    assert read_config(RunFiles(run).config).steps == 6
     shorter = starter.start("--resume", "--out", run, "--steps", "4")
     assert shorter.wait() == 1 and "--steps 4" in shorter.error()
 
@@ -518,14 +554,29 @@ def test_a_broken_picture_ends_the_run_in_one_line(finished, tmp_path):
     """The real command with loader processes, which once hung for ever."""
     data = write_pairs(tmp_path)
     truncate(tmp_path / "7.jpg")
-    arguments = options(finished, data, "--out", str(tmp_path / "run"), "--cache_latents", "false",
+    arguments = options(finished, data, "--out", tmp_path / "run", "--cache_latents", "false",
                         "--workers", "2", "--max_skipped", "0")
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], timeout=SOON,
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, env=ENVIRONMENT)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert len(errors) == 1 and "--max_skipped" in errors[0]
     assert f"{data}, line 8: {tmp_path / '7.jpg'}: cannot be read as a picture" in done.stderr
+
+
+@pytest.mark.parametrize("faulty", ["one rank", "all ranks"])
+def test_a_broken_picture_ends_all_ranks(finished, starter, tmp_path, faulty):
+    """Though only one of them may meet it, while the other waits for gradients."""
+    data = write_pairs(tmp_path)
+    for picture in ["7.jpg"] if faulty == "one rank" else [f"{i}.jpg" for i in range(0, 12, 2)]:
+        truncate(tmp_path / picture)
+    arguments = options(finished, data, "--out", tmp_path / "run", "--cache_latents", "false",
+                        "--workers", "2", "--max_skipped", "0", "--batch_size", "2")
+    ranks = starter.start_ranks(2, *arguments)
+    assert [rank.wait() for rank in ranks] == [1, 1]
+    named = [rank for rank in ranks if "--max_skipped" in rank.error()]
+    message = named[0].text()
+    assert f"{data}, line" in message and ".jpg: cannot be read" in message
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -536,7 +587,7 @@ def test_without_any_usable_picture(finished, starter, tmp_path, loading, world)
     data = write_pairs(tmp_path)
     for picture in tmp_path.glob("*.jpg"):
         truncate(picture)
-    arguments = [*options(finished, data, "--out", str(tmp_path / "run")), *loading]
+    arguments = [*options(finished, data, "--out", tmp_path / "run"), *loading]
     ranks = starter.start_ranks(world, *arguments)
     assert [rank.wait() for rank in ranks] == [1] * world
     shown = [rank for rank in ranks if "text_to_image can be used" in rank.text()]
@@ -642,7 +693,7 @@ def test_relative_paths_work_from_other_folders(finished, starter, tmp_path):
     assert not home.exists()
     drawn = subprocess.run(
         [sys.executable, str(ROOT / "sample.py"), "--run", "runs/one", "--out", "a.png", WORDS[0]],
-        cwd=moved, capture_output=True, text=True)
+        cwd=moved, capture_output=True, text=True, env=ENVIRONMENT)
     assert drawn.returncode == 0, drawn.stderr
     assert Image.open(moved / "a.png").size == (64, 64)
     (moved / "data" / "pairs.jsonl").unlink()
