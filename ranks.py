@@ -45,7 +45,8 @@ class Ranks(NamedTuple):
         if self.store is None:
             return
         self.store.set(f"{event}-{self.rank}", "here")
-        while not all(self.store.check([f"{event}-{rank}"]) for rank in range(self.world)):
+        keys = [f"{event}-{rank}" for rank in range(self.world)]
+        while not self.store.check(keys):                       # all of them
             time.sleep(0.1)
 
 

@@ -48,7 +48,7 @@ def timed(run: Path, phase: str) -> Iterator[None]:
     write_atomically(RunFiles(run).seconds, lambda file: file.write_text(json.dumps(seconds)))
 
 
-# ---------------------------------------------------------------- metrics
+# ---------------------------------------------------------------- JSON lines
 
 def append(path: Path, text: str) -> None:
     """Append to a file. Raises OSError that names it, as on a full disk."""
@@ -58,6 +58,22 @@ def append(path: Path, text: str) -> None:
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror})") from error
 
+
+def read_until(path: Path, step: int, rewrite: bool) -> list[dict]:
+    """Read JSON lines without those newer than a step, and without one that a kill cut off.
+
+    rewrite: drop them in the file, too.
+    """
+    lines = path.read_text().splitlines() if path.exists() else []
+    whole = [line for line in lines if line.endswith("}")]
+    kept = [line for line in whole if json.loads(line)["step"] <= step]
+    if rewrite and len(kept) < len(lines):
+        text = "".join(line + "\n" for line in kept)
+        write_atomically(path, lambda file: file.write_text(text))
+    return [json.loads(line) for line in kept]
+
+
+# ---------------------------------------------------------------- metrics
 
 class Metrics:
     """metrics.jsonl: one line every `log_every` steps, means over micro batches and ranks.
@@ -69,11 +85,8 @@ class Metrics:
     def __init__(self, path: Path | None, step: int, mean: Callable[[Tensor], Tensor]):
         self.path, self.mean = path, mean
         self.sums: dict[str, Tensor] = {}                       # name -> (2,) sum and count
-        if path and path.exists():
-            lines = path.read_text().splitlines()
-            whole = [line for line in lines if line.endswith("}")]      # a kill may cut one off
-            kept = [line + "\n" for line in whole if json.loads(line)["step"] <= step]
-            write_atomically(path, lambda file: file.write_text("".join(kept)))
+        if path:
+            read_until(path, step, rewrite=True)
 
     def add(self, task: str, losses: dict[str, Tensor]) -> None:
         """Count every loss twice: over all tasks, and for this task, which all ranks share."""
@@ -115,18 +128,13 @@ class Skipped:
                  gather: Callable[[dict], list[dict]] = lambda x: [x]):
         self.path, self.allowed, self.writes, self.gather = path, allowed, writes, gather
         self.new: dict[str, str] = {}                           # of this rank, not yet shared
-        lines = path.read_text().splitlines() if path.exists() else []
-        entries = [json.loads(line) for line in lines if line.endswith("}")]    # a kill may cut one
-        kept = [entry for entry in entries if entry["step"] <= step]
-        self.reasons = {entry["record"]: entry["reason"] for entry in kept}
-        if writes and len(kept) < len(lines):
-            text = "".join(json.dumps(entry) + "\n" for entry in kept)
-            write_atomically(path, lambda file: file.write_text(text))
+        entries = read_until(path, step, rewrite=writes)
+        self.reasons = {entry["record"]: entry["reason"] for entry in entries}
 
     def add(self, skipped: Iterable[tuple[str, str]], step: int) -> None:
         """Count (record, reason) pairs of this rank. Raises ValueError beyond the limit."""
         self.new |= {record: why for record, why in skipped if record not in self.reasons}
-        if len(self.reasons | self.new) > self.allowed:
+        if len(self.reasons) + len(self.new) > self.allowed:
             self._write(self.new, step)
             self._refuse(self.reasons | self.new)
 
@@ -206,7 +214,7 @@ def load_frozen(config: TrainConfig, parts: Parts, device: torch.device) -> Froz
 def load_models(config: TrainConfig, vocab_size: int, resumed: Path | None,
                 device: torch.device) -> tuple[MMDiT, MMDiT]:
     """Load the model and its average: from the run's checkpoint, from --init, or fresh."""
-    torch.manual_seed(config.seed % 2 ** 63)    # SD3 leaves tensors to initialize, too
+    torch.manual_seed(config.seed)          # SD3 leaves tensors to initialize, too
     if resumed:
         model = MMDiT.from_pretrained(resumed / "model.safetensors")
         average = MMDiT.from_pretrained(resumed / "ema.safetensors")
@@ -274,24 +282,30 @@ def describe_tasks(dataset: Tasks) -> str:
     return line + (f"; not trained: {', '.join(dataset.left_out)}" if dataset.left_out else "")
 
 
+def load_or_blank(path: Path, size: int, unreadable: dict[Path, str]) -> Tensor:
+    """Load an image (3, size, size); zeros for one that cannot be read, whose reason is noted.
+
+    The loader skips its records later, so cached values of it are never used.
+    """
+    try:
+        return load_image(path, size)
+    except ValueError as error:
+        unreadable[path] = str(error)
+        return torch.zeros(3, size, size)
+
+
 @torch.no_grad()
 def encode_all(dataset: Tasks, vae: VAE, device: torch.device, autocast: bool) -> Tensor:
     """Encode every picture of a dataset to its mean latents, (n, C, h, w) float32 on the CPU.
 
-    A picture that cannot be read gets zeros, and its reason in dataset.unreadable.
+    A picture that cannot be read has its reason in dataset.unreadable.
     """
-    def load(path: Path) -> Tensor:
-        try:
-            return load_image(path, dataset.image_size)
-        except ValueError as error:
-            dataset.unreadable[path] = str(error)
-            return torch.zeros(3, dataset.image_size, dataset.image_size)
-
     latents = []
     starts = range(0, len(dataset.paths), 64)
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         for start in tqdm(starts, desc="encoding pictures", unit="batch", leave=False):
-            images = torch.stack([load(path) for path in dataset.paths[start:start + 64]])
+            images = torch.stack([load_or_blank(path, dataset.image_size, dataset.unreadable)
+                                  for path in dataset.paths[start:start + 64]])
             latents.append(vae.encode(images.to(device)).float().cpu())             # (b, C, h, w)
     return torch.cat(latents)
 
@@ -342,12 +356,6 @@ def teacher_features(dataset: Tasks, teacher_path: Path, folder: Path, width: in
                              f"heads have {width}; change --model.align_dims, or "
                              "--intrinsic_weight 0")
 
-    def load(path: Path) -> Tensor:
-        try:
-            return load_image(path, dataset.image_size)
-        except ValueError:                  # the loader will skip this record
-            return torch.zeros(3, dataset.image_size, dataset.image_size)
-
     teacher, files = None, []
     starts = range(0, len(dataset.aligned), SHARD)
     for number, start in enumerate(tqdm(starts, desc="teacher", unit="shard", leave=False)):
@@ -364,7 +372,8 @@ def teacher_features(dataset: Tasks, teacher_path: Path, folder: Path, width: in
                 check(teacher.out_dim, teacher_path)
             images, texts = [], []
             for chunk in (examples[i:i + 64] for i in range(0, len(examples), 64)):
-                pictures = to_pictures(torch.stack([load(e.image) for e in chunk]))
+                loaded = [load_or_blank(e.image, dataset.image_size, {}) for e in chunk]
+                pictures = to_pictures(torch.stack(loaded))                         # (b, H, W, 3)
                 images.append(teacher.image_features(list(pictures)).half().cpu())  # (b, d)
                 texts.append(teacher.text_features([e.caption for e in chunk]).half().cpu())
             save(path, {"image": torch.cat(images), "text": torch.cat(texts)})      # (n, d) each
@@ -406,7 +415,7 @@ def save_checkpoint(run: Path, step: int, seconds: float, model: MMDiT, average:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in files.checkpoints():
         if old != target:
-            # a file that is still mapped cannot be removed on some systems; the next save will
+            # some systems refuse while another process reads a file; the next save removes it
             shutil.rmtree(old, ignore_errors=True)
 
 

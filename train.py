@@ -279,7 +279,7 @@ def runs_teacher_online(config: TrainConfig, dataset: Tasks) -> bool:
 
 
 class Reported(Dataset):
-    """A dataset whose ValueErrors are returned: a loader process would add its whole traceback."""
+    """A dataset that returns the errors of the data: a loader would add its whole traceback."""
 
     def __init__(self, dataset: Tasks):
         self.dataset = dataset
@@ -291,7 +291,7 @@ class Reported(Dataset):
             return error
 
 
-def _as_it_is(batch: Batch | ValueError) -> Batch | ValueError:
+def _as_it_is(batch: Batch | ValueError | OSError) -> Batch | ValueError | OSError:
     return batch                            # the dataset returns whole batches
 
 
@@ -304,7 +304,7 @@ def _ignore_signals(worker: int) -> None:
 def load_batches(dataset: Tasks, config: TrainConfig, ranks: Ranks, start: int) -> Iterator[Batch]:
     """The endless batches of this rank, from batch number `start` on.
 
-    Raises ValueError where the data is at fault, in one line.
+    Raises ValueError or OSError where the data is at fault, in one line.
     """
     order = BatchOrder(
         dataset.groups, config.batch_size, config.seed, ranks.rank, ranks.world, start)
