@@ -7,6 +7,7 @@ Run alone to see a preset as JSON:   python config.py [PRESET]
 """
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -16,18 +17,22 @@ import typing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from checkpoint import check_ranges, make_config, option, read_json, write_atomically
+from checkpoint import (Checkpoint, check_ranges, make_config, note, option, read_json,
+                        write_atomically)
 from data import parse_weights
-from model import MMDiTConfig
-from text_encoder import T5Config
+from model import MMDiTConfig, kind_of_checkpoint
+from text_encoder import T5Config, spiece_in
 from vae import VAEConfig
 
 
 # ---------------------------------------------------------------- options
 
+ORDERS = ("confidence", "left", "ancestral")                    # of revealing the tokens of a text
+
+
 @dataclass(frozen=True)
 class SampleSettings:
-    """Sizes a model is trained for, and how it is sampled; the defaults fit the released model."""
+    """The conventions of a checkpoint: sizes it is trained for, prompts, and how it is sampled."""
     image_size: int = option(512, "side of an image, in pixels", least=1)
     text_length: int = option(
         256, "tokens of a prompt, or of a question with its answer", least=2)
@@ -48,6 +53,41 @@ class SampleSettings:
     text_steps: int = option(64, "steps per text", least=1)
     perception_prompt: str = option(
         "draw the {kind} of the picture", "instruction for a map; {kind} is edges, depth or pose")
+    question_template: str = option(
+        "{question}", "what the model reads of a question, in training and in sampling")
+    answer_length: int = option(
+        0, "tokens of a question with its answer in sampling; 0: text_length", least=0)
+    negative_prompt: str = option(
+        "", "what pictures are led away from, in place of the empty prompt")
+    order: str = option(
+        "", "which tokens of a text come first: confidence, left or ancestral; empty: confidence "
+        "for captions, left for answers")
+    temperature: float = option(
+        0.0, "of the text; 0: the most probable token, 1: drawn from the model's distribution",
+        least=0, below=math.inf)
+    block: int = option(
+        0, "tokens of a block of text: the left block is filled in first; 0: one block", least=0)
+    end_last: bool = option(
+        False, "by confidence, reveal the end of a text after all its words")
+
+    def __post_init__(self):
+        if self.order not in ("", *ORDERS):
+            raise ValueError(f"sampling.order {self.order}: expected {', '.join(ORDERS)} or "
+                             "nothing")
+        if "{question}" not in self.question_template:
+            raise ValueError(f"sampling.question_template {self.question_template!r}: expected "
+                             "{question} in it, the place of the question")
+
+
+# How users of the released weights sample them; sample.py takes these where a checkpoint has no
+# run.json. SD3 stands for plain SD3 medium, DUAL for Dual-Diffusion and UniAlignment.
+SD3 = SampleSettings(padding_id=0)
+DUAL = SampleSettings(
+    steps=50, text_steps=32, order="ancestral", temperature=1.0, answer_length=128,
+    question_template="Q: {question} A: ",
+    perception_prompt="Provide a detailed {kind} map of the entire scene.",
+    negative_prompt="low quality, low resolution, blurry, deformed, oversaturated, "
+                    "undersaturated, out of frame")
 
 
 @dataclass(frozen=True)
@@ -62,6 +102,12 @@ class TrainConfig:
         "*=1", "share of each task in the batches, TASK=NUMBER,...; * is every task not named")
     captioned: str = option(
         "*", "tasks whose captions train the text branch, TASK,...; *: all; answers always do")
+    dialogues: bool = option(
+        False, "all questions of a record as one text, each answer after its question; false: one "
+        "text for each question")
+    max_aspect: float = option(
+        1.0, "crop pictures to the nearest of several shapes of equal area, up to this width : "
+        "height or height : width; 1: to squares", least=1, below=math.inf)
     init: str = option(
         "", "start from this MM-DiT checkpoint (SD3, UniAlignment or own), or from the folder of a "
         "run, which also brings its frozen parts and its shapes world; empty: random weights")
@@ -170,7 +216,7 @@ PRESETS = {
         TINY, out="runs/mini", train_scenes=1200, test_scenes=12, vae_steps=300, teacher_steps=30,
         steps=300, save_every=100),
     "sd3": TrainConfig(
-        gradient_checkpointing=True,
+        gradient_checkpointing=True, sampling=DUAL,
         model=MMDiTConfig(align_dims=(2048, 3584), align_silu=False)),
 }
 
@@ -241,6 +287,17 @@ class RunFiles:
         return sorted(self.folder.glob("samples*.png"))
 
 
+def run_of(weights: Path) -> Path | None:
+    """The folder of the run that wrote these weights; None for a file that no run wrote."""
+    if weights.name.startswith("kept-"):
+        run = weights.absolute().parent
+    elif weights.absolute().parent.name.startswith("checkpoint-"):
+        run = weights.absolute().parent.parent
+    else:
+        return None
+    return run if RunFiles(run).config.is_file() else None
+
+
 class Parts(typing.NamedTuple):
     """Where the data and the frozen parts of a run are."""
     data: tuple[Path, ...]          # JSONL files
@@ -264,6 +321,42 @@ def parts_of(config: TrainConfig, run: Path) -> Parts:
         vae=Path(config.vae_path or files.vae),
         text_encoder=Path(config.t5_path or files.text_encoder),
         teacher=Path(config.teacher_path or files.teacher))
+
+
+class Release(typing.NamedTuple):
+    """Where the parts of released weights are; None: not found."""
+    vae: Path | None
+    text_encoder: Path | None
+    tokenizer: Path | None
+    mask_token: Path | None
+
+
+def find_release(model: Path, text_encoder: Path | None = None) -> Release:
+    """Find the parts that belong to a released transformer.
+
+    model: the folder of a released pipeline, the transformer's folder in it, or a single file,
+    which may hold the autoencoder and T5. What it does not hold is looked for beside it, the
+    tokenizer also beside `text_encoder`, where that is named.
+    """
+    model = model.absolute()
+    around = (model, *itertools.islice(model.parents, 2 if model.is_file() else 1))
+
+    def first(names: typing.Iterable[str], prefix: str) -> Path | None:
+        if model.is_file() and Checkpoint(model).matches(f"^{prefix}"):
+            return model
+        found = (folder / name for folder in around for name in names)
+        return next((path for path in found if path.is_dir()), None)
+
+    # SD3's own text_encoder is a CLIP tower, its third one is T5
+    if text_encoder is None:
+        text_encoder = first(("text_encoder_3", "text_encoder"), r"text_encoders\.t5xxl\.")
+    beside = (*around, text_encoder, text_encoder.parent) if text_encoder else around
+    tokenizers = (spiece for folder in beside if (spiece := spiece_in(folder)))
+    # in the released code's checkpoint folder, which holds the folder of the pipeline
+    vectors = (f for folder in (*beside, model.parent.parent)
+               for f in sorted(folder.glob("mask_token_emb*.pth")))
+    return Release(first(("vae",), r"first_stage_model\."), text_encoder,
+                   next(tokenizers, None), next(vectors, None))
 
 
 # fields that hold paths, `data` perhaps several
@@ -358,15 +451,37 @@ def _override(default, values: dict[str, object], prefix: str = ""):
 RESUMABLE = ("steps", "batch_size", "accumulation", "workers", "max_skipped", "new_data")
 
 
+MASK_TOKEN_ADVICE = (
+    "no mask_token_emb.00-of-01.pth beside it; the released weights were trained with this vector "
+    "and write poor texts without it; name it with ")
+
+
+def _inherit_release(config: TrainConfig) -> TrainConfig:
+    """Take frozen parts that lie beside the released weights that --init names."""
+    found = find_release(Path(config.init), Path(config.t5_path) if config.t5_path else None)
+    paths = {"vae_path": found.vae, "t5_path": found.text_encoder,
+             "tokenizer_path": found.tokenizer}
+    if kind_of_checkpoint(config.init) == "dual":
+        paths["mask_token"] = found.mask_token
+        if not (config.mask_token or found.mask_token):
+            note(f"{config.init}: {MASK_TOKEN_ADVICE}--mask_token")
+    new = {name: str(path) for name, path in paths.items() if path and not getattr(config, name)}
+    for name, path in new.items():
+        note(f"--{name} {path}, beside --init")
+    return replace(config, **new)
+
+
 def _inherit(config: TrainConfig, given: typing.Collection[str]) -> TrainConfig:
     """Take frozen parts, sizes and shapes world from the run that --init names.
 
-    given: names of the options on the command line, which win. Raises ValueError for a run without
-    a checkpoint.
+    Of released weights, take the parts beside them. given: names of the options on the command
+    line, which win. Raises ValueError for a run without a checkpoint.
     """
     before = RunFiles(config.init)
-    if not config.init or not before.config.is_file():
+    if not config.init or not Path(config.init).exists():
         return config
+    if not before.config.is_file():
+        return _inherit_release(config)
     if before.averaged_weights() is None:
         raise ValueError(f"--init {config.init}: this run has no checkpoint yet")
     settings = read_config(before.config)
@@ -430,6 +545,9 @@ def _check_values(config: TrainConfig) -> None:
     parse_weights(config.weights)
     if config.teacher_online not in ("auto", "true", "false"):
         raise ValueError(f"--teacher_online {config.teacher_online}: expected auto, true or false")
+    if config.max_aspect > 1 and config.cache_latents:
+        raise ValueError(f"--max_aspect {config.max_aspect}: latents are cached of squares alone; "
+                         "add --cache_latents false")
     if wrong := [step for step in config.keep if step < 1]:
         raise ValueError(f"--keep {wrong[0]}: expected steps from 1")
 

@@ -1,8 +1,8 @@
 """Datasets in JSON lines, as the released code reads them: formats, pictures, batches, their order.
 
 Tasks are defined by the data; adding one needs no code. What is trained with an example depends on
-what it has: a prompt to draw, source pictures, a caption, a question. A batch has one task and one
-number of source pictures; tasks alternate by their weights.
+what it has: a prompt to draw, source pictures, a caption, a question. A batch has one task, one
+number of source pictures and one shape of images; tasks alternate by their weights.
 
 Four kinds of records, with image paths relative to the JSONL's folder, or absolute:
   text to image   {"image": ["a.png"], "conversations": [{"from": "human", "value": CAPTION},
@@ -15,6 +15,7 @@ Four kinds of records, with image paths relative to the JSONL's folder, or absol
                       {"from": "human", "value": "<image>\\nQUESTION"},
                       {"from": "gpt", "value": ANSWER}, ...]}
 A composition without original images is text to image with a prompt that differs from the caption.
+Questions of a record are examples of their own, or with --dialogues turns of one dialogue.
 One picture may be a string in place of a list, as LLaVA writes it. A turn may be the text alone;
 human and gpt take turns, human first. A record may name its task ({"task": "edits", ...}), to be
 weighted and reported apart. records.py parses them.
@@ -40,15 +41,16 @@ from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from buckets import Buckets, Shape, cropped_share, nearest_shapes, orientation_of
 from records import (Example, Kind, Records, examine, find_file, kind_of, open_records,
                      read_jsonl)
-from text_encoder import T5Tokenizer
+from text_encoder import T5Tokenizer, asked
 
 
 # ---------------------------------------------------------------- pictures and images
 
-# tags of TIFF and EXIF
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274
+# tags of TIFF
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 _WHITE_IS_ZERO = 0                                              # a value of _PHOTOMETRIC
 # EXIF orientation -> the transposition that shows the picture upright
 _UPRIGHT = {
@@ -125,11 +127,7 @@ def load_picture(path: str | Path) -> Image.Image:
     try:
         with Image.open(find_file(path)) as file:
             file.load()
-            picture = _opaque_srgb(file)
-            try:
-                orientation = file.getexif().get(_ORIENTATION)
-            except Exception:                                   # the pixels are whole
-                orientation = None
+            picture, orientation = _opaque_srgb(file), orientation_of(file)
     except Exception as error:              # Pillow raises almost every kind for a broken file
         reason = str(error) or type(error).__name__
         raise ValueError(f"{path}: cannot be read as a picture ({reason})") from error
@@ -137,21 +135,25 @@ def load_picture(path: str | Path) -> Image.Image:
     return picture if upright is None else picture.transpose(upright)
 
 
-def load_square(path: str | Path, size: int) -> np.ndarray:
-    """Load a picture (`load_picture`) as an array (size, size, 3) of uint8.
+def load_cropped(path: str | Path, shape: Shape) -> np.ndarray:
+    """Load a picture (`load_picture`) as an array (height, width, 3) of uint8.
 
-    Resizes the short side to `size` (bicubic) and crops the centre. Raises ValueError that names
-    the file, if it cannot be read.
+    Resizes it so that it covers the shape (bicubic) and crops the centre. Raises ValueError that
+    names the file, if it cannot be read.
     """
-    picture = load_picture(path)
-    if picture.size != (size, size):
-        picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-    return np.array(picture)                                                        # (S, S, 3)
+    picture, (height, width) = load_picture(path), shape
+    if picture.size != (width, height):
+        picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
+    return np.array(picture)                                                        # (H, W, 3)
 
 
-def load_image(path: str | Path, size: int) -> Tensor:
-    """Load a picture (`load_square`) as an image (3, size, size) float32 in [-1, 1]."""
-    return to_images([load_square(path, size)])[0]
+def load_image(path: str | Path, size: int | Shape) -> Tensor:
+    """Load a picture (`load_cropped`) as an image (3, H, W) float32 in [-1, 1].
+
+    size: (height, width), or the side of a square.
+    """
+    shape = (size, size) if isinstance(size, int) else size
+    return to_images([load_cropped(path, shape)])[0]
 
 
 def to_pictures(images: Tensor) -> np.ndarray:
@@ -245,6 +247,7 @@ class BatchKey(NamedTuple):
     no_prompt: bool
     writes: bool                    # trains the text branch
     length: int                     # of the prompts
+    shape: Shape                    # of the images, in pixels
 
 
 class Group(NamedTuple):
@@ -254,13 +257,13 @@ class Group(NamedTuple):
     weight: float                   # share of the batches, relative to the other groups'
 
 
-def _columns(examples: list[Example], tokenizer: T5Tokenizer,
-             length: int) -> tuple[list[Kind], np.ndarray, np.ndarray]:
+def _columns(examples: list[Example], tokenizer: T5Tokenizer, length: int,
+             template: str) -> tuple[list[Kind], np.ndarray, np.ndarray]:
     """`Records.columns` of a plain list. Raises ValueError for a text that cannot be trained."""
     kinds: dict[Kind, int] = {}
     codes, tokens = [], []
     for e in examples:
-        texts = examine(e, tokenizer, length)
+        texts = examine(e, tokenizer, length, template)
         if texts.problem:
             raise ValueError(texts.problem)
         codes.append(kinds.setdefault(kind_of(e), len(kinds)))
@@ -275,6 +278,10 @@ class Tasks(Dataset):
     others, which `records` then holds.
     weights: of the tasks' batches; the groups of a task share its weight by their sizes.
     captioned: tasks whose captions train the text branch besides questions (`*`: all).
+    template: of questions, the one with which the records were opened.
+    buckets: crop the picture of a record and its sources to the shape nearest to the picture's;
+    `cropped` is then the share of pixels that this loses, and that squares would lose. None: all
+    images are squares of image_size.
     latents: set it (a row for each of `paths`) to have latents returned in place of images, so that
     each picture is encoded only once; `unreadable` then names pictures that have none.
     features: set it to a function that returns the teacher's features of aligned examples, (B, d)
@@ -284,13 +291,14 @@ class Tasks(Dataset):
 
     def __init__(self, records: Records | list[Example], tokenizer: T5Tokenizer, image_size: int,
                  text_length: int, weights: str = "*=1", captioned: str = "*",
-                 prompt_multiple: int = 0):
-        self.tokenizer, self.image_size = tokenizer, image_size
+                 prompt_multiple: int = 0, template: str = "{question}",
+                 buckets: Buckets | None = None):
+        self.tokenizer, self.image_size, self.template = tokenizer, image_size, template
         self.text_length, self.prompt_multiple = text_length, prompt_multiple
         if isinstance(records, Records):
             kinds, codes, tokens = records.columns()
         else:
-            kinds, codes, tokens = _columns(records, tokenizer, text_length)
+            kinds, codes, tokens = _columns(records, tokenizer, text_length, template)
         used = np.bincount(codes, minlength=len(kinds)) > 0
         tasks = {kind.task for kind, is_used in zip(kinds, used) if is_used}
         task_weights = parse_weights(weights)
@@ -307,34 +315,44 @@ class Tasks(Dataset):
             is_kept = np.array([kind.task not in self.left_out for kind in kinds])
             kept = np.flatnonzero(is_kept[codes]).astype(np.int32)
             codes, tokens = codes[kept], tokens[kept]
+            if buckets:
+                buckets = buckets._replace(aspects=buckets.aspects[kept])
             if isinstance(records, Records):
                 records = records.select(kept)
             else:
                 records = [records[i] for i in kept]
         self.records = records
-        self.keys, self.groups, self.group_of = self._group(kinds, codes, tokens, task_weights)
+        squares = Buckets([(image_size, image_size)], buckets.aspects if buckets else np.zeros(1))
+        self.cropped = buckets and (cropped_share(*buckets), cropped_share(*squares))
+        self.keys, self.groups, self.group_of = self._group(
+            kinds, codes, tokens, buckets or squares, task_weights)
         self.latents: Tensor | None = None
         self.unreadable: dict[Path, str] = {}
         self.features: Callable[[list[int]], tuple[Tensor, Tensor]] | None = None
 
-    def _key(self, kind: Kind, tokens: int) -> BatchKey:
+    def _key(self, kind: Kind, tokens: int, shape: Shape) -> BatchKey:
         is_captioned = "*" in self.captioned or kind.task in self.captioned
         writes = kind.has_caption and (kind.no_prompt or is_captioned)
         length = prompt_length(tokens, kind.sources, self.text_length, self.prompt_multiple)
-        return BatchKey(kind.task, kind.sources, kind.no_prompt, writes, length)
+        return BatchKey(kind.task, kind.sources, kind.no_prompt, writes, length, shape)
 
-    def _group(self, kinds: list[Kind], codes: np.ndarray, tokens: np.ndarray,
+    def _group(self, kinds: list[Kind], codes: np.ndarray, tokens: np.ndarray, buckets: Buckets,
                weights: dict[str, float]) -> tuple[list[BatchKey], list[Group], np.ndarray]:
         """The sorted keys, the group of each, and the number of the group of each example."""
-        width = self.text_length + 1
-        pairs = codes * np.int32(width) + tokens                # (n,) kind and tokens as one number
-        present = np.flatnonzero(np.bincount(pairs)).tolist()
-        key_of = {pair: self._key(kinds[pair // width], pair % width) for pair in present}
+        sides = len(kinds), self.text_length + 1, len(buckets.shapes)
+        # (n,) kind, tokens and shape as one number
+        triples = codes * np.int32(sides[1]) + tokens
+        triples = triples * np.int32(sides[2]) + nearest_shapes(*buckets)
+        present = np.flatnonzero(np.bincount(triples)).tolist()
+        key_of = {}
+        for triple in present:
+            kind, count, shape = map(int, np.unravel_index(triple, sides))
+            key_of[triple] = self._key(kinds[kind], count, buckets.shapes[shape])
         keys = sorted(set(key_of.values()))
         numbers = np.zeros(max(present) + 1, np.min_scalar_type(len(keys)))
-        for pair, key in key_of.items():
-            numbers[pair] = keys.index(key)
-        group_of = numbers[pairs]                                                   # (n,)
+        for triple, key in key_of.items():
+            numbers[triple] = keys.index(key)
+        group_of = numbers[triples]                                                 # (n,)
         sizes = np.bincount(group_of)                                               # (groups,)
         by_group = np.argsort(group_of, kind="stable").astype(np.int32)             # (n,)
         members = np.split(by_group, np.cumsum(sizes)[:-1])
@@ -369,11 +387,15 @@ class Tasks(Dataset):
         """Where example i is from: its file and line, or its place in the list."""
         return self.records.origin(i) if isinstance(self.records, Records) else f"example {i}"
 
-    def _pictures(self, e: Example) -> list[np.ndarray] | list[Tensor]:
+    def shape_of(self, i: int) -> Shape:
+        """The shape of the images of example i."""
+        return self.keys[self.group_of[i]].shape
+
+    def _pictures(self, e: Example, shape: Shape) -> list[np.ndarray] | list[Tensor]:
         """Pictures (H, W, 3), 1 + R of them, or latents (C, h, w) if they are cached."""
         paths = [e.image, *e.sources]
         if self.latents is None:
-            return [load_square(path, self.image_size) for path in paths]
+            return [load_cropped(path, shape) for path in paths]
         for path in paths:
             if path in self.unreadable:
                 raise ValueError(self.unreadable[path])
@@ -396,7 +418,7 @@ class Tasks(Dataset):
         for candidate in self._candidates(i):
             try:
                 e = self.records[candidate]
-                pictures = self._pictures(e)
+                pictures = self._pictures(e, self.shape_of(i))
             except ValueError as error:
                 reasons.append((self.origin(candidate), str(error)))
                 continue
@@ -426,8 +448,10 @@ class Tasks(Dataset):
             prompts = prompts[:, :key.length]                                       # (B, L)
         if key.writes:
             captions = tuple(e.caption for e in examples)
+            before = [[(asked(q, self.template), a) for q, a in e.before] for e in examples]
             tokens, answer = self.tokenizer.dialogue(
-                [e.question for e in examples], captions, self.text_length)         # (B, L) each
+                [asked(e.question, self.template) for e in examples], captions, self.text_length,
+                before)                                                             # (B, L) each
         if self.features is not None and key.writes and not key.no_prompt:
             features = self.features(indices)                                       # (B, d) each
         origins = tuple(self.origin(i) for i in indices)

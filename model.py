@@ -287,13 +287,13 @@ class MMDiT(nn.Module):
         start fresh. Raises ValueError that names the file and each tensor that is missing,
         superfluous or of the wrong shape.
         """
-        file = Checkpoint(path, subfolders=("transformer",)).under("model.diffusion_model.")
+        file = _open(path)
         config, sources = _read_layout(file, overrides)
         with torch.device("meta"):
             model = cls(config)
         missing = model.state_dict().keys() - sources.keys()
-        is_sd3 = "blocks.0.image.qkv.weight" not in file and "null_image_embd" not in file
         fresh_heads = "align_dims" in overrides and all("_align." in name for name in missing)
+        is_sd3 = kind_of_checkpoint(path) == "sd3"
         initialise = model.initialise if is_sd3 or fresh_heads else None
         return load(model, file, sources, initialise, dtype, device)
 
@@ -426,6 +426,18 @@ _DIFFUSERS_CONFIG = {
     "num_layers": "depth", "num_attention_heads": "num_heads", "in_channels": "latent_channels",
     "patch_size": "patch_size", "joint_attention_dim": "text_dim",
     "caption_projection_dim": "width", "pos_embed_max_size": "position_table"}
+
+
+def _open(path) -> Checkpoint:
+    return Checkpoint(path, subfolders=("transformer",)).under("model.diffusion_model.")
+
+
+def kind_of_checkpoint(path) -> str:
+    """"sd3": plain SD3, which draws and does not write; "dual": a released dual model; "own"."""
+    file = _open(path)
+    if "blocks.0.image.qkv.weight" in file:
+        return "own"
+    return "dual" if "null_image_embd" in file else "sd3"
 
 
 class _Layout(NamedTuple):

@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from checkpoint import write_atomically
-from text_encoder import T5Tokenizer
+from text_encoder import T5Tokenizer, asked
 
 MASK_TOKEN = "<extra_id_0>"
 
@@ -32,6 +32,7 @@ class Example(NamedTuple):
     prompt: str | None              # input of the image branch; None: no image is generated
     question: str                   # asked of the text branch; empty: to describe the picture
     caption: str                    # target of the text branch; empty: no text is generated
+    before: tuple[tuple[str, str], ...] = ()    # earlier questions and answers of a dialogue
 
 
 # ---------------------------------------------------------------- parsing
@@ -95,8 +96,8 @@ def _turn_texts(turns) -> list[str]:
     return texts
 
 
-def parse_record(record: dict, folder: Path) -> list[Example]:
-    """The examples of a record, one for each question.
+def parse_record(record: dict, folder: Path, dialogues: bool = False) -> list[Example]:
+    """The examples of a record: one for each question, or with `dialogues` one for all of them.
 
     Raises KeyError or ValueError for an unknown form, Unusable if a text is empty that is needed.
     """
@@ -137,8 +138,11 @@ def parse_record(record: dict, folder: Path) -> list[Example]:
         raise ValueError(f"has {len(texts)} turns, expected questions and answers in pairs")
     if not all(texts):
         raise Unusable(f"has {len(texts)} turns, some of them empty")
-    pairs = zip(texts[::2], texts[1::2])
-    return [Example(task or "questions", picture, (), None, q, a) for q, a in pairs]
+    turns = tuple(zip(texts[::2], texts[1::2]))
+    task = task or "questions"
+    if dialogues:
+        return [Example(task, picture, (), None, *turns[-1], turns[:-1])]
+    return [Example(task, picture, (), None, *turn) for turn in turns]
 
 
 # ---------------------------------------------------------------- lines
@@ -185,12 +189,12 @@ def read_lines(path: Path) -> Iterator[Line]:
         raise ValueError(f"{path}: no records; expected one JSON object per line")
 
 
-def parse_line(content: bytes, path: Path, number: int) -> list[Example]:
+def parse_line(content: bytes, path: Path, number: int, dialogues: bool = False) -> list[Example]:
     """The examples of a line. Raises ValueError that names it, Unusable with the reason alone."""
     where = origin_of(path, number)
     try:
         text = content.decode("utf-8-sig")                      # without a byte order mark
-        return parse_record(json.loads(text), path.parent)
+        return parse_record(json.loads(text), path.parent, dialogues)
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 text ({error})") from error
     except (json.JSONDecodeError, RecursionError) as error:
@@ -266,18 +270,25 @@ class Texts(NamedTuple):
     unknown: list[str]              # texts with words that the tokenizer does not know
 
 
-def examine(e: Example, tokenizer: T5Tokenizer, length: int) -> Texts:
-    """Measure the texts of an example. length: the longest that the model reads, in tokens."""
-    ids = {text: tokenizer.encode(text) for text in {e.prompt or "", e.question, e.caption}}
-    question = len(ids[e.question]) - 1                         # without </s>
+def examine(e: Example, tokenizer: T5Tokenizer, length: int,
+            template: str = "{question}") -> Texts:
+    """Measure the texts of an example.
+
+    length: the longest that the model reads, in tokens; template: of questions, see `asked`.
+    """
+    turns = [(asked(question, template), answer)
+             for question, answer in (*e.before, (e.question, e.caption))]
+    ids = {text: tokenizer.encode(text) for text in {e.prompt or "", *itertools.chain(*turns)}}
+    first = turns[0][0]
+    question = len(ids[first]) - 1                              # without </s>
     problem = ""
     if any(MASK_TOKEN in text for text in ids):
         problem = f"the text of {e.image} holds the mask token {MASK_TOKEN}; remove it"
     elif length - question < 2:
-        problem = (f"the question {e.question!r:.80} has {question} tokens: too little room for an "
+        problem = (f"the question {first!r:.80} has {question} tokens: too little room for an "
                    f"answer, expected at most {length - 2} of the length {length}")
     sizes = {e.prompt or "": len(ids[e.prompt or ""])}
-    sizes[e.caption] = question + len(ids[e.caption])           # the same text, if it is a caption
+    sizes[e.caption] = sum(len(ids[q]) - 1 + len(ids[a]) for q, a in turns)     # of all turns
     cut = [text for text, size in sizes.items() if size > length]
     unknown = [text for text in ids if tokenizer.unk_id in ids[text]]
     return Texts(min(len(ids[e.prompt or ""]), length), problem, cut, unknown)
@@ -294,12 +305,14 @@ ROW = np.dtype([
 _SHOWN = 3                                                      # examples in a note
 
 
-def _expected_state(path: Path, tokenizer: T5Tokenizer, length: int) -> dict:
+def _expected_state(path: Path, tokenizer: T5Tokenizer, length: int, template: str,
+                    dialogues: bool) -> dict:
     """Everything that an index depends on."""
     pieces = hashlib.sha256(tokenizer.pieces.serialized_model_proto()).hexdigest()
     file = path.stat()
     return {"version": 1, "size": file.st_size, "time": file.st_mtime_ns, "pieces": pieces,
-            "sentinels": tokenizer.sentinels, "text_length": length}
+            "sentinels": tokenizer.sentinels, "text_length": length,
+            "question_template": template, "dialogues": dialogues}
 
 
 class _Note:
@@ -322,17 +335,17 @@ def _build_index(path: Path, state: dict, tokenizer: T5Tokenizer, target: Path) 
     digest, kinds = hashlib.sha256(), {}
     unusable: list[tuple[int, str]] = []                        # (line, reason)
     cut, unknown = _Note(), _Note()
-    length = state["text_length"]
+    length, template = state["text_length"], state["question_template"]
 
     def rows_of(line: Line) -> list[tuple]:
         try:
-            examples = parse_line(line.content, path, line.number)
+            examples = parse_line(line.content, path, line.number, state["dialogues"])
         except Unusable as error:
             unusable.append((line.number, str(error)))
             return []
         rows = []
         for number, e in enumerate(examples):
-            texts = examine(e, tokenizer, length)
+            texts = examine(e, tokenizer, length, template)
             if texts.problem:
                 unusable.append((line.number, texts.problem))
                 continue
@@ -384,6 +397,25 @@ def _read_header(index: Path, state: dict) -> dict | None:
         return None
 
 
+def build_beside(path: Path, ending: str, folder: Path, build: Callable[[Path], None],
+                 is_valid: Callable[[Path], bool]) -> Path:
+    """The file of this ending that belongs to a JSONL file; built if it is missing or old.
+
+    It lies beside the JSONL file, or in `folder` where that cannot be written.
+    """
+    name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:8]
+    places = path.with_name(f"{path.name}.{ending}"), folder / f"{path.name}.{name}.{ending}"
+    for place in places:
+        if is_valid(place):
+            return place
+    try:
+        build(places[0])
+        return places[0]
+    except OSError:                                             # read-only, or full
+        build(places[1])
+        return places[1]
+
+
 class Part(NamedTuple):
     """A JSONL file and its index."""
     path: Path
@@ -391,21 +423,14 @@ class Part(NamedTuple):
     header: dict
 
 
-def _open_part(path: Path, tokenizer: T5Tokenizer, length: int, folder: Path) -> Part:
+def _open_part(path: Path, tokenizer: T5Tokenizer, length: int, folder: Path, template: str,
+               dialogues: bool) -> Part:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a JSONL file (formats: data.py)")
-    state = _expected_state(path, tokenizer, length)
-    name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:8]
-    places = path.with_name(f"{path.name}.index"), folder / f"{path.name}.{name}.index"
-    for index in places:
-        if header := _read_header(index, state):
-            return Part(path, index, header)
-    try:
-        index = places[0]
-        _build_index(path, state, tokenizer, index)
-    except OSError:                                             # read-only, or full
-        index = places[1]
-        _build_index(path, state, tokenizer, index)
+    state = _expected_state(path, tokenizer, length, template, dialogues)
+    index = build_beside(path, "index", folder,
+                         lambda target: _build_index(path, state, tokenizer, target),
+                         lambda place: _read_header(place, state) is not None)
     return Part(path, index, _read_header(index, state))
 
 
@@ -443,7 +468,8 @@ class Records(Sequence[Example]):
                 content = file.readline()
         except OSError as error:
             raise ValueError(f"{part.path}: cannot be read ({error})") from error
-        examples = parse_line(content, part.path, row["line"])
+        state = part.header["state"]
+        examples = parse_line(content, part.path, row["line"], state["dialogues"])
         kind = Kind(*part.header["kinds"][row["kind"]])
         if row["number"] >= len(examples) or kind_of(examples[row["number"]]) != kind:
             raise ValueError(f"{self.origin(i)}: has changed since the start; leave the file as it "
@@ -501,11 +527,13 @@ class Records(Sequence[Example]):
         return notes
 
 
-def open_records(paths: Sequence[Path], tokenizer: T5Tokenizer, text_length: int,
-                 folder: Path) -> Records:
+def open_records(paths: Sequence[Path], tokenizer: T5Tokenizer, text_length: int, folder: Path,
+                 template: str = "{question}", dialogues: bool = False) -> Records:
     """Open JSONL files as one sequence of examples; build the indexes that are missing or old.
 
-    folder: takes the index of a file whose own folder is read-only.
+    folder: takes the index of a file whose own folder is read-only. template: of questions.
+    dialogues: all questions of a record are one example.
     Raises ValueError that names the line, if it is not JSON or has no known form.
     """
-    return Records([_open_part(Path(path), tokenizer, text_length, folder) for path in paths])
+    return Records([_open_part(Path(path), tokenizer, text_length, folder, template, dialogues)
+                    for path in paths])

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from buckets import Buckets, Shape, bucket_shapes, read_aspects
 from checkpoint import Checkpoint, save, write_atomically
 from config import Parts, RunFiles, TrainConfig, parts_of
 from data import Tasks, load_image, to_pictures
@@ -244,6 +246,11 @@ def check_parts(config: TrainConfig, model: MMDiT, frozen: Frozen) -> None:
     if size // unit > c.position_table:
         raise ValueError(f"--sampling.image_size {size}: the model has positions up to "
                          f"{unit * c.position_table}")
+    height, width = bucket_shapes(size, config.max_aspect, unit)[-1]
+    if width // unit > c.position_table:
+        raise ValueError(f"--max_aspect {config.max_aspect}: the widest shape is {width} x "
+                         f"{height}, the model has positions up to {unit * c.position_table}; "
+                         "expected a lower --max_aspect or --sampling.image_size")
     if c.text_positions and length > c.text_positions:
         raise ValueError(f"--sampling.text_length {length}: the model has positions for "
                          f"{c.text_positions} tokens")
@@ -264,12 +271,19 @@ def check_parts(config: TrainConfig, model: MMDiT, frozen: Frozen) -> None:
 
 # ---------------------------------------------------------------- data, computed once
 
-def load_tasks(config: TrainConfig, parts: Parts, tokenizer: T5Tokenizer) -> Tasks:
-    """Open the records of all JSONL files as one dataset, whose index is built if it is missing."""
-    settings = config.sampling
-    records = open_records(parts.data, tokenizer, settings.text_length, Path(config.out))
+def load_tasks(config: TrainConfig, parts: Parts, tokenizer: T5Tokenizer, unit: int = 16) -> Tasks:
+    """Open the records of all JSONL files as one dataset, whose index is built if it is missing.
+
+    unit: pixels per patch, of which the sides of pictures that are not square are multiples.
+    """
+    settings, folder, buckets = config.sampling, Path(config.out), None
+    records = open_records(parts.data, tokenizer, settings.text_length, folder,
+                           settings.question_template, config.dialogues)
+    if config.max_aspect > 1:
+        shapes = bucket_shapes(settings.image_size, config.max_aspect, unit)
+        buckets = Buckets(shapes, read_aspects(records, folder))
     return Tasks(records, tokenizer, settings.image_size, settings.text_length, config.weights,
-                 config.captioned, settings.prompt_multiple)
+                 config.captioned, settings.prompt_multiple, settings.question_template, buckets)
 
 
 def describe_tasks(dataset: Tasks) -> str:
@@ -282,29 +296,41 @@ def describe_tasks(dataset: Tasks) -> str:
     return line + (f"; not trained: {', '.join(dataset.left_out)}" if dataset.left_out else "")
 
 
-def load_or_blank(path: Path, size: int, unreadable: dict[Path, str]) -> Tensor:
-    """Load an image (3, size, size); zeros for one that cannot be read, whose reason is noted.
+def describe_shapes(dataset: Tasks) -> str:
+    """One line with the shares of the shapes, and of the pixels that are cropped away."""
+    counts: Counter[Shape] = Counter()
+    for key, group in zip(dataset.keys, dataset.groups):
+        counts[key.shape] += len(group.indices)
+    shares = ", ".join(f"{width} x {height} {count / len(dataset):.0%}"
+                       for (height, width), count in counts.most_common())
+    cropped, as_squares = dataset.cropped
+    return (f"shapes: {shares}; {cropped:.1%} of the pixels are cropped, squares would crop "
+            f"{as_squares:.1%}")
+
+
+def load_or_blank(path: Path, shape: Shape, unreadable: dict[Path, str]) -> Tensor:
+    """Load an image (3, H, W), contiguous; zeros for one that cannot be read, its reason is noted.
 
     The loader skips its records later, so cached values of it are never used.
     """
     try:
-        return load_image(path, size)
+        return load_image(path, shape).contiguous()
     except ValueError as error:
         unreadable[path] = str(error)
-        return torch.zeros(3, size, size)
+        return torch.zeros(3, *shape)
 
 
 @torch.no_grad()
 def encode_all(dataset: Tasks, vae: VAE, device: torch.device, autocast: bool) -> Tensor:
     """Encode every picture of a dataset to its mean latents, (n, C, h, w) float32 on the CPU.
 
-    A picture that cannot be read has its reason in dataset.unreadable.
+    All are squares. A picture that cannot be read has its reason in dataset.unreadable.
     """
-    latents = []
+    latents, square = [], (dataset.image_size, dataset.image_size)
     starts = range(0, len(dataset.paths), 64)
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         for start in tqdm(starts, desc="encoding pictures", unit="batch", leave=False):
-            images = torch.stack([load_or_blank(path, dataset.image_size, dataset.unreadable)
+            images = torch.stack([load_or_blank(path, square, dataset.unreadable)
                                   for path in dataset.paths[start:start + 64]])
             latents.append(vae.encode(images.to(device)).float().cpu())             # (b, C, h, w)
     return torch.cat(latents)
@@ -331,15 +357,17 @@ class Features:
         return torch.stack(images).float(), torch.stack(texts).float()              # (B, d) each
 
 
-def _shard_name(examples: list[Example], teacher_path: Path, image_size: int) -> str:
-    """A file name that changes with the teacher's files, the pictures, their size, the captions."""
+def _shard_name(examples: list[Example], teacher_path: Path, shapes: list[Shape]) -> str:
+    """A file name that changes with the teacher's files, the pictures, their crops and captions."""
     files = [*sorted(teacher_path.glob("*")), *(e.image for e in examples)]
     versions = []
     for file in files:
         state = file.stat() if file.exists() else None          # a missing picture is skipped later
         versions.append((file.name, state and (state.st_size, state.st_mtime_ns)))
     captions = [e.caption for e in examples]
-    digest = hashlib.blake2b(repr((image_size, versions, captions)).encode(), digest_size=8)
+    is_one_square = len(set(shapes)) == 1 and shapes[0][0] == shapes[0][1]
+    size = shapes[0][0] if is_one_square else shapes            # as files of squares are named
+    digest = hashlib.blake2b(repr((size, versions, captions)).encode(), digest_size=8)
     return f"teacher-{digest.hexdigest()}.safetensors"
 
 
@@ -361,7 +389,8 @@ def teacher_features(dataset: Tasks, teacher_path: Path, folder: Path, width: in
     for number, start in enumerate(tqdm(starts, desc="teacher", unit="shard", leave=False)):
         indices = dataset.aligned[start:start + SHARD]
         examples = [dataset.records[int(i)] for i in indices]
-        path = folder / _shard_name(examples, teacher_path, dataset.image_size)
+        shapes = [dataset.shape_of(i) for i in indices]
+        path = folder / _shard_name(examples, teacher_path, shapes)
         files.append(path)
         if path.exists():
             check(Checkpoint(path).shape("image")[1], path)
@@ -371,10 +400,11 @@ def teacher_features(dataset: Tasks, teacher_path: Path, folder: Path, width: in
                 teacher = load_teacher(teacher_path, dtype, device)
                 check(teacher.out_dim, teacher_path)
             images, texts = [], []
-            for chunk in (examples[i:i + 64] for i in range(0, len(examples), 64)):
-                loaded = [load_or_blank(e.image, dataset.image_size, {}) for e in chunk]
-                pictures = to_pictures(torch.stack(loaded))                         # (b, H, W, 3)
-                images.append(teacher.image_features(list(pictures)).half().cpu())  # (b, d)
+            for i in range(0, len(examples), 64):
+                chunk = examples[i:i + 64]
+                loaded = [load_or_blank(e.image, shape, {}) for e, shape in zip(chunk, shapes[i:])]
+                pictures = [to_pictures(image[None])[0] for image in loaded]        # (H, W, 3) each
+                images.append(teacher.image_features(pictures).half().cpu())        # (b, d)
                 texts.append(teacher.text_features([e.caption for e in chunk]).half().cpu())
             save(path, {"image": torch.cat(images), "text": torch.cat(texts)})      # (n, d) each
     return files

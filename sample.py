@@ -33,19 +33,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import check_ranges, write_atomically
-from config import RunFiles, SampleSettings, parts_of, read_config
-from data import load_image, prompt_length, text_lengths, to_pictures
-from model import MMDiT
+from checkpoint import check_ranges, note
+from config import (DUAL, MASK_TOKEN_ADVICE, ORDERS, SD3, RunFiles, SampleSettings, find_release,
+                    parts_of, read_config, run_of)
+from data import load_image, prompt_length, text_lengths
+from jobs import Job, draw_missing, read_edits
+from model import MMDiT, kind_of_checkpoint
 from records import find_file
-from text_encoder import T5Encoder, T5Tokenizer
+from text_encoder import T5Encoder, T5Tokenizer, asked
 from vae import VAE
 
 
@@ -111,9 +110,6 @@ def generate(model: MMDiT, noise: Tensor, text: Tensor, empty_text: Tensor, step
 
 # ---------------------------------------------------------------- text: the masked diffusion
 
-ORDERS = ("confidence", "left", "ancestral")
-
-
 def float64_device(device: torch.device) -> torch.device:
     """The device itself, or the CPU for one without float64: Apple's GPUs, many of Intel's."""
     try:
@@ -143,11 +139,26 @@ def draw_tokens(logits: Tensor, temperature: float,
     return tokens, probabilities.gather(-1, tokens[..., None])[..., 0]      # (B, L), (B, L)
 
 
+def rank_masked(probability: Tensor, masked: Tensor, place: Tensor, block: Tensor,
+                later: Tensor) -> Tensor:
+    """The rank of each masked position in the order of revealing, (B, L); 0 comes first.
+
+    Blocks of positions are filled in from the left, in each block the most probable tokens first.
+    probability (B, L) of the tokens; masked (B, L); place (B, L): the position within the text to
+    fill in; block (B,): positions of a block; later (B, L): positions that come last in their
+    block.
+    """
+    key = probability - 2.0 * later                             # in (-2, 1]
+    key = key - 4.0 * (place // block[:, None])                 # blocks do not overlap
+    key = key.masked_fill(~masked, -torch.inf)
+    return key.argsort(dim=1, descending=True, stable=True).argsort(dim=1)          # (B, L)
+
+
 @torch.no_grad()
 def describe(model: MMDiT, text_encoder: Callable[[Tensor], Tensor], latents: Tensor | None,
              tokens: Tensor, mask_id: int, steps: int = 16, order: str | None = "confidence",
              temperature: float = 0.0, generator: torch.Generator | None = None,
-             progress: bool = False) -> Tensor:
+             progress: bool = False, block: int = 0, end_id: int | None = None) -> Tensor:
     """Fill in the masked tokens of a text about clean images; ids (B, L).
 
     latents (B, C, H, W), or None for text alone. tokens (B, L): `mask_id` where text is wanted; all
@@ -159,19 +170,25 @@ def describe(model: MMDiT, text_encoder: Callable[[Tensor], Tensor], latents: Te
     1e-5, and a step from t to s reveals each masked token with probability (t - s) / t. None takes
     "left" for rows that hold a question, "confidence" for the others.
 
+    By confidence, padding is often the surest and would end a text early. Two ways against it:
+    block > 0 fills in blocks of so many tokens from the left (arXiv 2503.09573); end_id reveals
+    this token, the end, after the others.
+
     generator: on the `float64_device` of the tokens, where all but the model runs.
     """
-    if order not in (None, *ORDERS) or steps < 1 or temperature < 0:
-        raise ValueError(f"order = {order!r}, steps = {steps}, temperature = {temperature}; "
-                         f"expected one of {ORDERS}, at least one step and a temperature of at "
-                         "least 0")
+    if order not in (None, *ORDERS) or steps < 1 or temperature < 0 or block < 0:
+        raise ValueError(f"order = {order!r}, steps = {steps}, temperature = {temperature}, "
+                         f"block = {block}; expected one of {ORDERS}, at least one step, a "
+                         "temperature and a block of at least 0")
     model_device, device = tokens.device, float64_device(tokens.device)
     tokens = tokens.to(device, copy=True)
     timestep = torch.zeros(len(tokens), device=model_device)                # the images are clean
     times = torch.linspace(1, 1e-5, steps + 1, dtype=torch.float64).tolist()
     wanted = (tokens == mask_id).sum(dim=1)                                 # (B,)
+    place = (tokens == mask_id).cumsum(dim=1) - 1                           # (B, L)
     has_question = wanted < tokens.shape[1]                                 # (B,)
     from_left = has_question if order is None else torch.full_like(has_question, order == "left")
+    blocks = torch.where(from_left, 1, block or tokens.shape[1])            # (B,) tokens of a block
     logits = None
     for i in tqdm(range(steps + 1), desc="writing", unit="step", disable=not progress):
         last = i == steps                                       # one argmax fills in the rest
@@ -192,10 +209,8 @@ def describe(model: MMDiT, text_encoder: Callable[[Tensor], Tensor], latents: Te
         else:
             done = wanted - masked.sum(dim=1)                               # (B,)
             quota = wanted * (i + 1) // steps - done                        # (B,) to reveal now
-            left_rank = masked.cumsum(dim=1) - 1                            # (B, L)
-            best_first = probability.masked_fill(~masked, -1).argsort(dim=1, descending=True)
-            confidence_rank = best_first.argsort(dim=1)                     # (B, L)
-            rank = torch.where(from_left[:, None], left_rank, confidence_rank)
+            later = torch.zeros_like(masked) if end_id is None else drawn == end_id
+            rank = rank_masked(probability, masked, place, blocks, later)   # (B, L)
             reveal = masked & (rank < quota[:, None])                       # (B, L)
         if reveal.any():
             tokens, logits = torch.where(reveal, drawn, tokens), None       # (B, L)
@@ -217,6 +232,7 @@ class Pipeline:
     vae: VAE
     model: MMDiT
     settings: SampleSettings
+    name: str = ""                          # of the weights, for messages
 
     @classmethod
     def from_parts(cls, model: Path, vae: Path, t5: Path, tokenizer: Path, mask_token: Path | None,
@@ -230,36 +246,71 @@ class Pipeline:
         tokens = T5Tokenizer(tokenizer, padding_id=settings.padding_id)
         autoencoder = VAE.from_pretrained(vae, dtype=dtype, device=device).eval()
         mmdit = MMDiT.from_pretrained(model, dtype=dtype, device=device).eval()
-        unit = autoencoder.downscale * mmdit.config.patch_size              # pixels per patch
-        largest = unit * mmdit.config.position_table
-        if settings.image_size % unit or settings.image_size > largest:
-            raise ValueError(f"image size {settings.image_size}: expected a multiple of {unit}, "
-                             f"at most {largest}")
-        text_encoder = T5Encoder.from_pretrained(
+        pipeline = cls(tokens, None, autoencoder, mmdit, settings, str(model))
+        pipeline.check_size((settings.image_size, settings.image_size))
+        pipeline.text_encoder = T5Encoder.from_pretrained(
             t5, mask_token=mask_token, dtype=dtype, device=device).eval()
-        return cls(tokens, text_encoder, autoencoder, mmdit, settings)
+        return pipeline
+
+    @classmethod
+    def from_release(cls, model: Path, vae: Path | None = None, t5: Path | None = None,
+                     tokenizer: Path | None = None, mask_token: Path | None = None,
+                     dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+                     **settings) -> "Pipeline":
+        """Load released weights: the folder of a pipeline, or its transformer and the other parts.
+
+        A part without a path is looked for in `model` and beside it. The conventions are those of
+        the weights, `config.SD3` or `config.DUAL`, with these `settings` changed.
+        Raises ValueError where a part is missing, or as `from_parts` does.
+        """
+        kind, found = kind_of_checkpoint(model), find_release(model, t5)
+        paths = {"--vae": vae or found.vae, "--t5": found.text_encoder,
+                 "--tokenizer": tokenizer or found.tokenizer}
+        if missing := [option for option, path in paths.items() if path is None]:
+            raise ValueError(f"{model}: {' and '.join(missing)} are needed, as neither this path "
+                             "nor the folder around it holds these parts")
+        mask_token = mask_token or (found.mask_token if kind == "dual" else None)
+        if kind == "sd3":
+            note(f"{model}: plain Stable Diffusion 3, which is run without its CLIP towers: T5 "
+                 "alone reads the prompt, and the pooled vector is zero, so pictures differ from "
+                 "SD3's own")
+        if kind == "dual" and mask_token is None:
+            note(f"{model}: {MASK_TOKEN_ADVICE}--mask-token")
+        conventions = replace(SD3 if kind == "sd3" else DUAL, **settings)
+        return cls.from_parts(model, *paths.values(), mask_token, conventions, dtype, device)
 
     @classmethod
     def from_run(cls, run: str | Path, dtype: torch.dtype = torch.float32,
-                 device: str | torch.device = "cpu") -> "Pipeline":
-        """Load the averaged weights of a run's newest checkpoint, and its frozen parts.
+                 device: str | torch.device = "cpu", weights: Path | None = None) -> "Pipeline":
+        """Load a model of a run, and the run's frozen parts.
 
+        weights: None is the averaged weights of its newest checkpoint.
         Raises ValueError where something is missing.
         """
         files = RunFiles(run)
-        averaged = files.averaged_weights()
+        averaged = weights or files.averaged_weights()
         if not averaged or not files.config.is_file():
             raise ValueError(f"{run}: holds no trained model; train one with python train.py, or "
                              "name the parts of a released one (--model, --vae, --t5, --tokenizer)")
         config = read_config(files.config)
         parts = parts_of(config, files.folder)
         mask_token = Path(config.mask_token) if config.mask_token else None
-        return cls.from_parts(averaged, parts.vae, parts.text_encoder, parts.tokenizer, mask_token,
-                              config.sampling, dtype, device)
+        pipeline = cls.from_parts(averaged, parts.vae, parts.text_encoder, parts.tokenizer,
+                                  mask_token, config.sampling, dtype, device)
+        pipeline.name = str(weights or run)
+        return pipeline
 
     @property
     def device(self) -> torch.device:
         return self.model.pos_embed.device
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise ValueError where images of size (height, width) cannot be drawn."""
+        unit = self.vae.downscale * self.model.config.patch_size            # pixels per patch
+        largest = unit * self.model.config.position_table
+        if any(side % unit or not unit <= side <= largest for side in size):
+            raise ValueError(f"image size {size[1]} x {size[0]}: expected multiples of {unit}, "
+                             f"at most {largest}")
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """T5 of ids (B, L) -> (B, L, D)."""
@@ -271,22 +322,30 @@ class Pipeline:
         return self.vae.encode(images.to(self.device)).to(self.model.pos_embed.dtype)
 
     @torch.no_grad()
-    def draw(self, prompts: Sequence[str], seed: int = 0, steps: int | None = None,
+    def draw(self, prompts: Sequence[str], seed: int | Sequence[int] = 0, steps: int | None = None,
              guidance: float | None = None, references: Sequence[Tensor] = (),
-             progress: bool = False) -> Tensor:
-        """Draw images (B, 3, H, W) in [-1, 1]. Image i depends on its prompt and seed + i alone."""
+             progress: bool = False, size: tuple[int, int] | None = None,
+             negative: str | None = None) -> Tensor:
+        """Draw images (B, 3, H, W) in [-1, 1]. Image i depends on its prompt and seed alone.
+
+        seed: one for each image, or a number n: image i has the seed n + i. size: (H, W) in pixels.
+        negative: the prompt that guidance leads away from. None is the setting of the model.
+        """
         s = self.settings
         steps = s.steps if steps is None else steps
         guidance = s.guidance if guidance is None else guidance
-        side = s.image_size // self.vae.downscale
-        shape = self.model.config.latent_channels, side, side
-        noise = torch.stack([torch.randn(shape, generator=seeded(seed + i))
-                             for i in range(len(prompts))])                         # (B, C, h, w)
+        negative = s.negative_prompt if negative is None else negative
+        size = size or (s.image_size, s.image_size)
+        self.check_size(size)
+        seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
+        shape = self.model.config.latent_channels, *(side // self.vae.downscale for side in size)
+        noise = torch.stack([torch.randn(shape, generator=seeded(n)) for n in seeds])
+        # noise is (B, C, h, w)
 
-        ids = self.tokenizer([*prompts, ""], length=s.text_length)                  # (B + 1, L)
-        counts = text_lengths(ids[:-1], self.tokenizer.eos_id)
-        lengths = [prompt_length(count, len(references), s.text_length, s.prompt_multiple)
-                   for count in counts]
+        ids = self.tokenizer([*prompts, negative], length=s.text_length)            # (B + 1, L)
+        *counts, negative_count = text_lengths(ids, self.tokenizer.eos_id)
+        lengths = [prompt_length(max(count, negative_count), len(references), s.text_length,
+                                 s.prompt_multiple) for count in counts]
         latents = torch.empty_like(noise, device=self.device)                       # (B, C, h, w)
         for length in sorted(set(lengths)):         # a single one, unless there are references
             rows = [i for i, own_length in enumerate(lengths) if own_length == length]
@@ -297,31 +356,51 @@ class Pipeline:
         images = self.vae.decode(latents.to(self.model.pos_embed.dtype))            # (B, 3, H, W)
         return images.float().clamp(-1, 1)
 
-    def edit(self, prompts: Sequence[str], sources: Sequence[Tensor], seed: int = 0,
-             steps: int | None = None, guidance: float | None = None,
-             progress: bool = False) -> Tensor:
+    def edit(self, prompts: Sequence[str], sources: Sequence[Tensor],
+             seed: int | Sequence[int] = 0, steps: int | None = None,
+             guidance: float | None = None, progress: bool = False,
+             size: tuple[int, int] | None = None, negative: str | None = None) -> Tensor:
         """Draw images (B, 3, H, W) from any number of sources, each (B, 3, H', W') in [-1, 1]."""
         references = [self.encode_images(images) for images in sources]
-        return self.draw(prompts, seed, steps, guidance, references, progress)
+        return self.draw(prompts, seed, steps, guidance, references, progress, size, negative)
 
-    def caption(self, images: Tensor, seed: int = 0, steps: int | None = None,
-                order: str | None = None, temperature: float = 0.0, progress: bool = False,
-                questions: Sequence[str] | None = None) -> list[str]:
-        """Write captions of images (B, 3, H, W) in [-1, 1], or answers to one question about each.
+    def _text_start(self, questions: Sequence[str],
+                    before: Sequence[Sequence[tuple[str, str]]]) -> tuple[Tensor, Tensor]:
+        """Ids of questions followed by masks, and where the masks are; (B, L) each.
 
-        order: as in `describe`; None writes captions by confidence and answers from the left. By
-        confidence the end of an answer comes first and fixes its length, which decides between "no"
-        and "yes at the center" before the model has looked (experiments/LOG.md).
+        Questions are sampled in the length that the model answers in, where they fit into it.
         """
         s = self.settings
-        if questions is None:
-            questions = [""] * len(images)
-        tokens, answer = self.tokenizer.dialogue(questions, length=s.text_length)   # (B, L) each
+        template = s.question_template
+        texts = [asked(question, template) for question in questions]
+        turns = [[(asked(q, template), a) for q, a in earlier] for earlier in before]
+        ids, answer = self.tokenizer.dialogue(texts, length=s.text_length, before=turns)
+        longest = int((~answer).sum(dim=1).max())               # of the questions
+        length = s.answer_length if longest and 2 * longest <= s.answer_length else s.text_length
+        return ids[:, :length], answer[:, :length]                                  # (B, L) each
+
+    def caption(self, images: Tensor, seed: int = 0, steps: int | None = None,
+                order: str | None = None, temperature: float | None = None, progress: bool = False,
+                questions: Sequence[str] | None = None,
+                before: Sequence[Sequence[tuple[str, str]]] | None = None) -> list[str]:
+        """Write captions of images (B, 3, H, W) in [-1, 1], or answers to one question about each.
+
+        before: for each question the dialogue before it, pairs of question and answer.
+        order: as in `describe`; None is the setting of the model. Without one, captions are written
+        by confidence and answers from the left. By confidence the end of an answer comes first and
+        fixes its length, which decides between "no" and "yes at the center" before the model has
+        looked (experiments/LOG.md).
+        """
+        s = self.settings
+        questions = [""] * len(images) if questions is None else questions
+        before = [()] * len(images) if before is None else before
+        tokens, answer = self._text_start(questions, before)                        # (B, L) each
         generator = seeded(seed, float64_device(self.device))
         ids = describe(
             self.model, self.encode_text, self.encode_images(images), tokens.to(self.device),
-            self.tokenizer.mask_id, s.text_steps if steps is None else steps, order, temperature,
-            generator, progress)                                                    # (B, L)
+            self.tokenizer.mask_id, s.text_steps if steps is None else steps, order or s.order or
+            None, s.temperature if temperature is None else temperature, generator, progress,
+            s.block, self.tokenizer.eos_id if s.end_last else None)                 # (B, L)
         rows = [row[mask].tolist() for row, mask in zip(ids.cpu(), answer)]
         return self.tokenizer.decode(rows)
 
@@ -343,22 +422,22 @@ class Pipeline:
 EXAMPLES = """examples:
   python sample.py "a small green triangle at the center on a black background" --seed 3 \\
       --out triangle.png
-  python sample.py --prompts prompts.txt --out pictures/    one prompt a line, sixteen in a batch
+  python sample.py --prompts prompts.txt --out pictures/    one prompt a line
+  python sample.py --edits edits.jsonl --out results/       one edit a line; again: what is missing
   python sample.py --describe a.png b.png --order ancestral --temperature 1
+  python sample.py --image a.png --ask "is there a cat?" --ask "what color is it?" --dialogue
+released weights, in their own conventions (steps, prompts, order of a text):
+  python sample.py "a cat" --model UniAlignment
+  python sample.py --image cat.jpg --depth --model UniAlignment --width 640 --height 448
   python sample.py "a cat" --model UniAlignment/transformer --vae sd3/vae \\
       --t5 sd3/text_encoder_3 --tokenizer spiece.model
   python sample.py "a cat" --model sd3_medium_incl_clips_t5xxlfp8.safetensors \\
-      --tokenizer spiece.model --padding-id 0
+      --tokenizer spiece.model
+plain SD3 runs without its CLIP towers, so its pictures differ from SD3's own.
 """
 
-
-def save_picture(picture: np.ndarray, path: Path, **metadata) -> None:
-    """Write a picture (H, W, 3) uint8 as PNG, with prompt and settings in its text chunks."""
-    info = PngInfo()
-    for key, value in metadata.items():
-        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
-    image = Image.fromarray(picture)
-    write_atomically(path, lambda file: image.save(file, format="PNG", pnginfo=info))
+EDITS = """{"image": "a.png", "instruction": "make the circle blue"}, and if wanted a "seed" and the
+"name" of the result. "image" may be a list; paths are relative to the file."""
 
 
 def _names(out: Path, count: int) -> list[Path]:
@@ -376,6 +455,47 @@ def _help(name: str) -> str:
     return f"{text} (default: that of the model)"
 
 
+def add_model_options(p: argparse.ArgumentParser) -> None:
+    """Add the options that `load_pipeline` reads."""
+    p.add_argument("--run", type=Path, help="folder of a training run (default: runs/tiny)")
+    released = p.add_argument_group(
+        "released weights, in place of --run; a part without a name is looked for in --model and "
+        "beside it")
+    released.add_argument("--model", type=Path, help="folder of a released pipeline, or the MM-DiT "
+                          "alone: a file or folder, any layout")
+    released.add_argument("--vae", type=Path, help="autoencoder")
+    released.add_argument("--t5", type=Path, help="T5 v1.1 XXL encoder")
+    released.add_argument("--tokenizer", type=Path, help="T5's spiece.model")
+    released.add_argument("--mask-token", type=Path, help=".pth of the trained mask embedding")
+    released.add_argument("--padding-id", type=int, choices=(0, 1),
+                          help="(default: 1 for dual checkpoints, 0 for plain SD3)")
+    released.add_argument("--image-size", type=int, help="pixels (default: 512)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"),
+                   help="of all weights (default: float32 on CPU, bfloat16 on GPU)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="(default: %(default)s)")
+
+
+# options of sample.py that change a setting of the model
+SETTINGS = ("guidance", "image_guidance", "negative_prompt", "order", "temperature", "block",
+            "end_last")
+
+
+def _add_settings(p: argparse.ArgumentParser) -> None:
+    """Add the options that change how a model is sampled."""
+    p.add_argument("--steps", type=int, help="Euler steps per image, or steps per text")
+    p.add_argument("--guidance", type=float, help=_help("guidance"))
+    p.add_argument("--image-guidance", type=float, help=_help("image_guidance"))
+    p.add_argument("--negative", dest="negative_prompt", metavar="PROMPT",
+                   help=_help("negative_prompt"))
+    p.add_argument("--width", type=int, help="of pictures, in pixels (default: the model's)")
+    p.add_argument("--height", type=int, help="the same; multiples of 16 for SD3 and UniAlignment")
+    p.add_argument("--order", choices=ORDERS, help=_help("order"))
+    p.add_argument("--temperature", type=float, help=_help("temperature"))
+    p.add_argument("--block", type=int, metavar="TOKENS", help=_help("block"))
+    p.add_argument("--end-last", action="store_true", default=None, help=_help("end_last"))
+
+
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter,
                                 usage="sample.py [-h] [PROMPT ...] [--OPTION VALUE ...]",
@@ -390,40 +510,23 @@ def _parser() -> argparse.ArgumentParser:
     task.add_argument("--edit", action="append", default=[], metavar="INSTRUCTION",
                       help="edit or compose the pictures of --image; given again, it edits the "
                            "last result")
+    task.add_argument("--edits", type=Path, metavar="FILE",
+                      help=f"JSON lines, one edit each: {EDITS} Started again, it draws what is "
+                           "missing in --out")
     for kind in ("edges", "depth", "pose"):
         task.add_argument(f"--{kind}", dest="kind", action="store_const", const=kind,
                           help=f"draw the {kind} of --image")
     p.add_argument("--image", nargs="+", action="extend", type=Path, default=[], metavar="PICTURE",
                    help="source of --ask, --edit, --edges, --depth and --pose")
+    p.add_argument("--dialogue", action="store_true", default=None,
+                   help="each question of --ask follows the questions and answers before it")
     p.add_argument("--out", type=Path,
                    help="a .png file (several turns: x-1.png, x-2.png, ...), or a folder that gets "
                         "numbered files (default: pictures)")
     p.add_argument("--seed", type=int, default=0,
                    help="any integer; the same seed gives the same result (default: %(default)s)")
-    p.add_argument("--steps", type=int, help="Euler steps per image, or steps per text")
-    p.add_argument("--guidance", type=float, help=_help("guidance"))
-    p.add_argument("--image-guidance", type=float, help=_help("image_guidance"))
-    p.add_argument("--order", choices=ORDERS,
-                   help="which tokens of a text come first: the most probable (default of "
-                        "captions), the leftmost (default of answers), or random ones, as in the "
-                        "released sampler")
-    p.add_argument("--temperature", type=float,
-                   help="of the text; 0: the most probable (default: 0)")
-    p.add_argument("--run", type=Path, help="folder of a training run (default: runs/tiny)")
-    released = p.add_argument_group(
-        "released weights, in place of --run; a part without a name is looked for in --model")
-    released.add_argument("--model", type=Path, help="MM-DiT: a file or folder, any layout")
-    released.add_argument("--vae", type=Path, help="autoencoder")
-    released.add_argument("--t5", type=Path, help="T5 v1.1 XXL encoder")
-    released.add_argument("--tokenizer", type=Path, help="T5's spiece.model")
-    released.add_argument("--mask-token", type=Path, help=".pth of the trained mask embedding")
-    released.add_argument("--padding-id", type=int, choices=(0, 1),
-                          help="1 for dual checkpoints, 0 for plain SD3 (default: 1)")
-    released.add_argument("--image-size", type=int, help="pixels (default: 512)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"),
-                   help="of all weights (default: float32 on CPU, bfloat16 on GPU)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                   help="(default: %(default)s)")
+    _add_settings(p)
+    add_model_options(p)
     return p
 
 
@@ -445,9 +548,9 @@ def _read_prompts(path: Path) -> list[str]:
 def _check_task(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
     """Stop where the texts and pictures do not make one task."""
     takes_image = bool(a.ask or a.edit or a.kind)
-    if bool(a.prompt) == (bool(a.describe) or takes_image):
-        p.error("give texts to draw, or one of --describe, --ask, --edit, --edges, --depth, "
-                "--pose; see --help for examples")
+    if bool(a.prompt) == (bool(a.describe or a.edits) or takes_image):
+        p.error("give texts to draw, or one of --describe, --ask, --edit, --edits, --edges, "
+                "--depth, --pose; see --help for examples")
     if bool(a.image) != takes_image:
         p.error("--ask, --edit, --edges, --depth and --pose need --image, and nothing else takes "
                 "it")
@@ -466,20 +569,21 @@ def _check_task(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
 
 def _check_effect(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
     """Stop where an option has no effect beside the others."""
-    if a.model and not a.tokenizer:
-        p.error("--model needs --tokenizer, T5's spiece.model")
     writes = bool(a.describe or a.ask)
     rules = (       # whether the options have an effect, where they do, the options
         (a.model, "with --model, as a run in --run has its own",
          ("vae", "t5", "tokenizer", "mask_token", "padding_id", "image_size")),
         (not a.model, "without --model", ("run",)),
-        (not writes, "where pictures are drawn", ("out", "guidance")),
-        (a.image and not writes, "on --edit, --edges, --depth and --pose", ("image_guidance",)),
+        (not writes, "where pictures are drawn", ("out", "guidance", "negative_prompt")),
+        ((a.image or a.edits) and not writes, "where pictures are edited", ("image_guidance",)),
+        (a.ask, "on --ask", ("dialogue",)),
+        (a.order == "confidence", "with --order confidence", ("block", "end_last")),
         (writes, "on --describe and --ask", ("order", "temperature")))
     for has_effect, where, names in rules:
         given = [name for name in names if getattr(a, name) is not None]
         if given and not has_effect:
-            p.error(f"--{given[0].replace('_', '-')} has an effect only {where}; remove it")
+            option = given[0].removesuffix("_prompt").replace("_", "-")
+            p.error(f"--{option} has an effect only {where}; remove it")
 
 
 def _check_device(p: argparse.ArgumentParser, name: str) -> None:
@@ -519,28 +623,42 @@ def _check_out(p: argparse.ArgumentParser, a: argparse.Namespace, count: int) ->
     return names
 
 
+def _read_files(p: argparse.ArgumentParser, a: argparse.Namespace, out: Path) -> list[Job]:
+    """Add the lines of --prompts to the prompts, and return the jobs of --edits."""
+    try:
+        if a.edits:
+            if out.suffix:
+                p.error(f"--out {out}: --edits needs a folder")
+            jobs = read_edits(a.edits, out, a.seed)
+            _check_writable(out)
+            return jobs
+        a.prompt += _read_prompts(a.prompts) if a.prompts else []
+    except OSError as error:
+        p.error(f"{error.filename or a.prompts}: {error.strerror.lower()}")
+    except ValueError as error:
+        p.error(str(error))
+    return []
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; every mistake that shows without the model stops here."""
     p = _parser()
     a = p.parse_args(argv)
-    try:
-        a.prompt += _read_prompts(a.prompts) if a.prompts else []
-    except OSError as error:
-        p.error(f"{a.prompts}: {error.strerror.lower()}")
-    except ValueError as error:
-        p.error(str(error))
+    out = a.out or Path("pictures")
+    a.jobs = _read_files(p, a, out)
     _check_task(p, a)
     _check_effect(p, a)
     _check_device(p, a.device)
-    a.run, a.out = a.run or Path("runs/tiny"), a.out or Path("pictures")
+    a.out = out
     count = len(a.prompt or a.edit or [a.kind])
-    a.names = [] if a.describe or a.ask else _check_out(p, a, count)
+    a.names = [] if a.describe or a.ask or a.edits else _check_out(p, a, count)
     return a
 
 
 def _check_numbers(a: argparse.Namespace) -> None:
     """Raise ValueError for a number out of its range, as NaN and infinity are."""
-    smallest = {"steps": 1, "image_size": 1, "guidance": 0, "image_guidance": 0, "temperature": 0}
+    smallest = {"steps": 1, "image_size": 1, "width": 1, "height": 1, "guidance": 0,
+                "image_guidance": 0, "temperature": 0, "block": 0}
     for name, least in smallest.items():
         value = getattr(a, name)
         if value is not None and not least <= value <= 1_000_000:
@@ -548,32 +666,49 @@ def _check_numbers(a: argparse.Namespace) -> None:
                              f"{least} to 1000000")
 
 
-def _load(a: argparse.Namespace) -> Pipeline:
-    """Load the models of --run or --model, with the settings that the command line changes."""
+def load_pipeline(a: argparse.Namespace) -> Pipeline:
+    """Load the models that the options of `add_model_options` name. Raises ValueError."""
     on_cpu = torch.device(a.device).type == "cpu"
     dtype = getattr(torch, a.dtype or ("float32" if on_cpu else "bfloat16"))
-    options = {name: getattr(a, name)
-               for name in ("image_size", "padding_id", "guidance", "image_guidance")}
-    given = {name: value for name, value in options.items() if value is not None}
-    if a.model:
-        return Pipeline.from_parts(a.model, a.vae or a.model, a.t5 or a.model, a.tokenizer,
-                                   a.mask_token, SampleSettings(**given), dtype, a.device)
-    pipeline = Pipeline.from_run(a.run, dtype, a.device)
-    pipeline.settings = replace(pipeline.settings, **given)
-    return pipeline
+    if not a.model:
+        return Pipeline.from_run(a.run or Path("runs/tiny"), dtype, a.device)
+    given = {name: getattr(a, name) for name in ("image_size", "padding_id")}
+    settings = {name: value for name, value in given.items() if value is not None}
+    parts = a.vae, a.t5, a.tokenizer, a.mask_token
+    run = run_of(a.model)
+    if run and not any(parts):
+        pipeline = Pipeline.from_run(run, dtype, a.device, a.model)
+        pipeline.settings = replace(pipeline.settings, **settings)
+        return pipeline
+    return Pipeline.from_release(a.model, *parts, dtype, a.device, **settings)
 
 
 BATCH = 16                      # prompts, or pictures to describe, at a time: bounds the memory
 
 
-def _write_texts(pipeline: Pipeline, a: argparse.Namespace) -> Iterator[str]:
+def _answer_in_turn(pipeline: Pipeline, a: argparse.Namespace,
+                    size: tuple[int, int]) -> Iterator[str]:
+    """Answer the questions of --ask as one dialogue; a line for each."""
+    image, turns = load_image(a.image[0], size)[None], []                       # (1, 3, H, W)
+    for i, question in enumerate(a.ask):
+        [answer] = pipeline.caption(image, a.seed + i, a.steps, progress=True,
+                                    questions=[question], before=[turns])
+        turns.append((question, answer))
+        yield f"{question}\t{answer}"
+
+
+def _write_texts(pipeline: Pipeline, a: argparse.Namespace,
+                 size: tuple[int, int]) -> Iterator[str]:
     """Write captions of --describe, or answers of --ask; a line for each, batch by batch.
 
     A picture that cannot be read raises ValueError after all others have their text.
     """
     if not pipeline.model.text_head.weight.any():
-        raise ValueError(f"{a.model or a.run}: cannot write, its text head is all zero as plain "
+        raise ValueError(f"{pipeline.name}: cannot write, its text head is all zero as plain "
                          "SD3's; use a dual checkpoint")
+    if a.dialogue:
+        yield from _answer_in_turn(pipeline, a, size)
+        return
     subjects = a.describe or a.ask
     unreadable = {}                                             # messages, each once
     for start in range(0, len(subjects), BATCH):
@@ -581,54 +716,46 @@ def _write_texts(pipeline: Pipeline, a: argparse.Namespace) -> Iterator[str]:
         for subject in subjects[start:start + BATCH]:
             path = subject if a.describe else a.image[0]
             try:
-                images.append(load_image(path, pipeline.settings.image_size))
+                images.append(load_image(path, size))
                 readable.append(subject)
             except ValueError as error:
                 unreadable[str(error)] = True
         if images:
-            texts = pipeline.caption(
-                torch.stack(images), a.seed + start, a.steps, a.order, a.temperature or 0.0,
-                progress=True, questions=readable if a.ask else None)
+            texts = pipeline.caption(torch.stack(images), a.seed + start, a.steps, progress=True,
+                                     questions=readable if a.ask else None)
             yield from (f"{subject}\t{text}" for subject, text in zip(readable, texts))
+            if "" in texts and pipeline.settings.question_template != "{question}":
+                note("an empty answer; a question that ends with \"Answer the question using a "
+                     "single word or phrase.\" is more like those of the released training")
     if unreadable:
         raise ValueError("; ".join(unreadable))
 
 
-def _draw_images(pipeline: Pipeline, a: argparse.Namespace) -> Iterator[Tensor]:
-    """Draw the prompts in batches, or edit in turns; each time images (B, 3, H, W).
+def _jobs(a: argparse.Namespace) -> list[Job]:
+    """The pictures that the command line asks for.
 
-    The first turn edits the pictures of --image, each other one the last result.
+    The first --edit takes the pictures of --image, each other one the last result.
     """
-    for start in range(0, len(a.prompt), BATCH):
-        prompts = a.prompt[start:start + BATCH]
-        yield pipeline.draw(prompts, a.seed + start, a.steps, progress=True)
-    size = pipeline.settings.image_size
-    sources = [load_image(path, size)[None] for path in a.image]                # each (1, 3, H, W)
-    for i, instruction in enumerate(a.edit):
-        result = pipeline.edit([instruction], sources, a.seed + i, a.steps, progress=True)
-        yield result
-        sources = [result]
+    if a.jobs:
+        return a.jobs
+    sources = [tuple(a.image), *((name,) for name in a.names)]
+    return [Job(name, text, sources[i] if a.edit else (), a.seed + i)
+            for i, (name, text) in enumerate(zip(a.names, a.prompt or a.edit))]
 
 
-def _draw_pictures(pipeline: Pipeline, a: argparse.Namespace) -> Iterator[str]:
+def _draw_pictures(pipeline: Pipeline, a: argparse.Namespace,
+                   size: tuple[int, int]) -> Iterator[str]:
     """Draw pictures and write each batch before the next is drawn; a line for each picture."""
-    settings, texts, i = pipeline.settings, a.prompt or a.edit, 0
-    for images in _draw_images(pipeline, a):
-        if not images.isfinite().all():
-            raise ValueError(f"{a.model or a.run}: draws values that are no numbers; the weights "
-                             "are damaged or the guidance is too high")
-        for picture in to_pictures(images):
-            name = a.names[i]
-            if name.exists():           # another run has taken the name since the start
-                [name] = _names(a.out, 1)
-            used = {"seed": a.seed + i, "steps": a.steps or settings.steps,
-                    "shift": settings.shift, "guidance": settings.guidance}
-            if a.image:
-                used["image_guidance"] = settings.image_guidance
-            used["model"] = str(a.model or a.run)
-            save_picture(picture, name, prompt=texts[i], settings=used)
-            yield f"{name}\t{texts[i]}"
-            i += 1
+    batch = 1 if a.edit else BATCH                              # a turn needs the one before
+    jobs = _jobs(a)
+
+    def rename(taken: Path) -> Path:        # another run has taken the name since the start
+        return _names(a.out, 1)[0]
+
+    drawn = draw_missing(pipeline, jobs, batch, steps=a.steps, size=size,
+                         rename=None if a.edits else rename)
+    for job in drawn:
+        yield f"{job.path}\t{job.prompt}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -638,14 +765,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     a, done, status = _arguments(argv), 0, 1
     try:
         _check_numbers(a)
-        pipeline = _load(a)
+        pipeline = load_pipeline(a)
+        changes = {name: getattr(a, name) for name in SETTINGS if getattr(a, name) is not None}
+        pipeline.settings = replace(pipeline.settings, **changes)
+        side = pipeline.settings.image_size
+        size = a.height or side, a.width or side
+        pipeline.check_size(size)
         if a.kind:
             a.edit = [pipeline.settings.perception_prompt.replace("{kind}", a.kind)]
-        for text in a.prompt + a.edit + a.ask:
+        for text in {text: None for text in [*a.prompt, *a.edit, *a.ask,
+                                          *(job.prompt for job in a.jobs)]}:
             for warning in pipeline.warnings(text):
                 print(f"warning: {text!r}: {warning}", file=sys.stderr)
-        lines = _draw_pictures(pipeline, a) if a.names else _write_texts(pipeline, a)
-        for line in lines:
+        writes = a.describe or a.ask
+        task = _write_texts if writes else _draw_pictures
+        for line in task(pipeline, a, size):
             print(line, flush=True)
             done += 1
         return
@@ -658,8 +792,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         ending = f"error: {error}"
     if ending and (done or status == 130):
-        kind, where = ("pictures", f", in {a.names[0].parent}") if a.names else ("texts", "")
-        total = len(a.names or a.describe or a.ask)
+        total = len(a.jobs or a.names or a.describe or a.ask)
+        folder = a.out if a.jobs or not a.out.suffix else a.out.parent
+        kind, where = ("texts", "") if a.describe or a.ask else ("pictures", f", in {folder}")
         ending += f"; {done} of {total} {kind} are written{where}"
     try:
         print(end="", flush=True)

@@ -29,19 +29,31 @@ SPIECE = ("spiece.model", "tokenizer_3/spiece.model", "tokenizer_2/spiece.model"
           "tokenizer/spiece.model", "tokenizer.model")
 
 
+def spiece_in(folder: Path) -> Path | None:
+    """The sentencepiece model in a folder, if there is one."""
+    return next((folder / name for name in SPIECE if (folder / name).is_file()), None)
+
+
 def find_spiece(path: Path) -> Path:
     """The sentencepiece model at a path or in a folder. Raises ValueError if there is none."""
     if not path.exists():
         raise ValueError(f"{path}: no such file; expected T5's sentencepiece model (spiece.model)")
     if not path.is_dir():
         return path
-    for name in SPIECE:
-        if (path / name).is_file():
-            return path / name
+    if found := spiece_in(path):
+        return found
     fast = " but tokenizer.json, another format which is not read" \
         if (path / "tokenizer.json").is_file() else ""
     raise ValueError(f"{path}: this folder has no spiece.model{fast}; expected T5's sentencepiece "
                      "model, from the same repository or google/t5-v1_1-xxl")
+
+
+def asked(question: str, template: str = "{question}") -> str:
+    """Put a question into the template of a checkpoint; the empty one, of a caption, stays empty.
+
+    template: a text with {question} in it; the released models read "Q: {question} A: ".
+    """
+    return template.replace("{question}", question) if question else ""
 
 
 class T5Tokenizer:
@@ -113,31 +125,46 @@ class T5Tokenizer:
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, length)         # (B, length)
 
     def dialogue(self, questions: Sequence[str], answers: Sequence[str] | None = None,
-                 length: int = 256) -> tuple[Tensor, Tensor]:
+                 length: int = 256, before: Sequence[Sequence[tuple[str, str]]] | None = None
+                 ) -> tuple[Tensor, Tensor]:
         """Token ids of questions, each without its </s> and followed by its answer.
 
-        Returns ids (B, length), int64, and answer (B, length), bool: true from the first position
-        after the question to the end, because padding is predicted as well. A caption is the answer
-        to the empty question.
+        Returns ids (B, length), int64, and answer (B, length), bool: true for the answers and from
+        the end of the last question on, because padding is predicted as well. A caption is the
+        answer to the empty question. A long text is cut and ends with </s>.
         answers: None puts the mask token at every position of the answer, the sampler's start.
-        Raises ValueError for a question that leaves fewer than two positions.
+        before: the earlier turns of each dialogue, pairs of question and answer. Without `answers`
+        these earlier answers are given: false in `answer`.
+        Raises ValueError where the first answer to predict would have fewer than two positions.
         """
-        if (isinstance(questions, str) or isinstance(answers, str)
-                or (answers is not None and len(answers) != len(questions))):
-            raise ValueError("expected a list of questions and as many answers, "
-                             f"got {questions!r:.80} and {answers!r:.80}")
-        question_ids = [self.encode(question)[:-1] for question in questions]
-        starts = [len(ids) for ids in question_ids]
-        for question, start in zip(questions, starts):
+        before = [()] * len(questions) if before is None else before
+        counts = {len(texts) for texts in (questions, answers, before) if texts is not None}
+        if isinstance(questions, str) or isinstance(answers, str) or len(counts) > 1:
+            raise ValueError("expected a list of questions, as many answers and as many dialogues "
+                             f"before them, got {questions!r:.80}, {answers!r:.80} and "
+                             f"{before!r:.80}")
+        rows, is_answer = [], []
+        for earlier, *last in zip(before, questions, answers or [""] * len(questions)):
+            turns = [*earlier, last]
+            row: list[int] = []
+            flags: list[bool] = []                               # whether an id is predicted
+            for number, (question, text) in enumerate(turns, start=1):
+                question_ids, answer_ids = self.encode(question)[:-1], self.encode(text)
+                is_predicted = answers is not None or number == len(turns)
+                row += question_ids + answer_ids
+                flags += [False] * len(question_ids) + [is_predicted] * len(answer_ids)
+            start = flags.index(True)
             if length - start < 2:
+                is_first = answers is not None or len(turns) == 1
+                subject = f"question {turns[0][0]!r:.80}" if is_first else \
+                    f"dialogue up to the question {last[0]!r:.80}"
                 raise ValueError(
-                    f"the question {question!r:.80} has {start} tokens: too little room for an "
-                    f"answer, expected at most {length - 2} of the length {length}")
-        answer_ids = [self.encode(text) for text in answers or [""] * len(starts)]
-        rows = [self._fit(q + a, length) for q, a in zip(question_ids, answer_ids)]
+                    f"the {subject} has {start} tokens: too little room for an answer, expected at "
+                    f"most {length - 2} of the length {length}")
+            rows.append(self._fit(row, length))
+            is_answer.append((flags + [True] * length)[:length])
         ids = torch.tensor(rows, dtype=torch.int64).reshape(-1, length)          # (B, length)
-        starts = torch.tensor(starts, dtype=torch.int64)                         # (B,)
-        answer = torch.arange(length) >= starts[:, None]                         # (B, length)
+        answer = torch.tensor(is_answer, dtype=torch.bool).reshape(-1, length)   # (B, length)
         if answers is None:
             ids = ids.masked_fill(answer, self.mask_id)
         return ids, answer
@@ -426,7 +453,7 @@ class T5Encoder(nn.Module):
         if dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(f"T5 in {dtype}: expected torch.bfloat16 or torch.float32 "
                              "(float16 overflows)")
-        checkpoint = Checkpoint(path, subfolders=("text_encoder_3",))
+        checkpoint = Checkpoint(path, subfolders=("text_encoder_3", "text_encoder"))
         checkpoint = checkpoint.under("text_encoders.t5xxl.transformer.")
         given = checkpoint.config
         if "embedding.weight" in checkpoint:                     # the project's own layout

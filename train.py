@@ -38,9 +38,9 @@ from model import MMDiT, Output
 from muon import Muon
 from ranks import Ranks, explain, joined_ranks
 from run_folder import (Features, Frozen, Metrics, Progress, Skipped, allowed_skips, check_parts,
-                        check_resume, describe_tasks, encode_all, features_folder, frozen_dtype,
-                        load_frozen, load_models, load_optimizers, load_tasks, missing_parts,
-                        save_checkpoint, teacher_features, timed)
+                        check_resume, describe_shapes, describe_tasks, encode_all, features_folder,
+                        frozen_dtype, load_frozen, load_models, load_optimizers, load_tasks,
+                        missing_parts, save_checkpoint, teacher_features, timed)
 from teacher import load_teacher
 from text_encoder import T5Encoder
 from vae import VAE
@@ -372,15 +372,17 @@ def set_up(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> Traini
     device, files = ranks.device, RunFiles(run)
     checkpoint = files.newest_checkpoint()
     frozen = load_frozen(config, parts, device)
-    if not ranks.first:
-        ranks.wait("index")
-    dataset = load_tasks(config, parts, frozen.tokenizer)   # the first rank builds the index
-    if ranks.first:
-        ranks.wait("index")
-        for line in [describe_tasks(dataset), *dataset.records.notes()]:
-            tqdm.write(line)
     model, average = load_models(config, frozen.tokenizer.vocab_size, checkpoint, device)
     check_parts(config, model, frozen)
+    if not ranks.first:
+        ranks.wait("index")
+    unit = frozen.vae.downscale * model.config.patch_size           # pixels per patch
+    dataset = load_tasks(config, parts, frozen.tokenizer, unit)     # the first rank builds indexes
+    if ranks.first:
+        ranks.wait("index")
+        shapes = [describe_shapes(dataset)] if dataset.cropped else []
+        for line in [describe_tasks(dataset), *shapes, *dataset.records.notes()]:
+            tqdm.write(line)
     optimizers = make_optimizers(model, config)
     origin = {"world": ranks.world, "data": dataset.records.digest,
               "global_batch": config.batch_size * config.accumulation * ranks.world}

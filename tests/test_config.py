@@ -2,13 +2,16 @@
 import dataclasses
 import re
 import typing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import QUICK
+from safetensors.torch import save_file
 
-from config import (PRESETS, Parts, RunFiles, SampleSettings, TrainConfig, parse_arguments,
-                    parts_of, read_config, stage, write_config)
+from config import (DUAL, PRESETS, SD3, Parts, Release, RunFiles, SampleSettings, TrainConfig,
+                    find_release, parse_arguments, parts_of, read_config, stage, write_config)
 from experiments import world
 
 
@@ -237,8 +240,67 @@ def test_resume_without_a_run(tmp_path, capsys):
     assert "nothing" in capsys.readouterr().err
 
 
-def test_defaults_are_the_released_models():
+def test_settings_of_runs_before_the_newer_fields_mean_the_same():
     assert SampleSettings() == SampleSettings(512, 256, 0, 1, 28, 7.0, 1.0, 3.0, 64)
+    settings = SampleSettings()
+    assert (settings.question_template, settings.order) == ("{question}", "")
+    assert settings.temperature == settings.block == settings.answer_length == 0
+
+
+def test_conventions_of_the_released_weights():
+    assert SD3 == replace(SampleSettings(), padding_id=0)
+    assert (DUAL.steps, DUAL.guidance, DUAL.padding_id, DUAL.image_size) == (50, 7.0, 1, 512)
+    assert (DUAL.order, DUAL.temperature, DUAL.text_steps, DUAL.text_length) == \
+        ("ancestral", 1.0, 32, 256)
+    assert DUAL.question_template.format(question="why?") == "Q: why? A: "
+    assert DUAL.perception_prompt.format(kind="depth") == \
+        "Provide a detailed depth map of the entire scene."
+    assert PRESETS["sd3"].sampling == DUAL
+
+
+@pytest.mark.parametrize("option, value", [
+    ("order", "backwards"), ("question_template", "what?"), ("block", "-1"),
+    ("temperature", "nan"), ("answer_length", "-1")])
+def test_impossible_settings(tmp_path, capsys, option, value):
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments([f"--sampling.{option}", value, "--out", str(tmp_path / "new")])
+    assert stopped.value.code == 2 and option in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- parts of a release
+
+@pytest.fixture
+def release(tmp_path):
+    """The folders of a released pipeline, of SD3, and a single file that holds all but a T5."""
+    for name in ("code/pipe/transformer", "code/pipe/vae", "code/pipe/text_encoder",
+                 "code/pipe/tokenizer", "sd3/vae", "sd3/text_encoder", "sd3/text_encoder_3",
+                 "sd3/tokenizer", "sd3/tokenizer_3"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("code/pipe/tokenizer/spiece.model", "sd3/tokenizer_3/spiece.model",
+                 "code/mask_token_emb.00-of-01.pth"):
+        (tmp_path / name).touch()
+    save_file({"first_stage_model.x": torch.zeros(1)}, tmp_path / "single.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize("start", ["code/pipe", "code/pipe/transformer"])
+def test_a_released_folder_alone_has_all_parts(release, start):
+    pipe = release / "code" / "pipe"
+    assert find_release(release / start) == Release(
+        pipe / "vae", pipe / "text_encoder", pipe / "tokenizer" / "spiece.model",
+        release / "code" / "mask_token_emb.00-of-01.pth")
+
+
+def test_parts_of_sd3(release, monkeypatch):
+    sd3 = release / "sd3"
+    whole = find_release(sd3)
+    assert whole == Release(sd3 / "vae", sd3 / "text_encoder_3",
+                            sd3 / "tokenizer_3" / "spiece.model", None)
+    monkeypatch.chdir(release)                                  # a relative path
+    single = Path("single.safetensors")
+    assert find_release(single) == Release(single.absolute(), None, None, None)
+    named = find_release(single, Path("sd3/text_encoder_3"))    # T5's tokenizer lies beside it
+    assert named.tokenizer == Path("sd3/tokenizer_3/spiece.model")
 
 
 # ---------------------------------------------------------------- ranges and effects

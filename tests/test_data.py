@@ -17,8 +17,9 @@ import torch
 from PIL import Image, ImageCms, TiffImagePlugin
 
 import data
+from buckets import Buckets, aspects_of, bucket_shapes
 from conftest import TESTS
-from data import (Batch, BatchOrder, Example, Group, Tasks, load_image, load_picture,
+from data import (Batch, BatchOrder, Example, Group, Tasks, load_cropped, load_image, load_picture,
                   open_records, parse_weights, prompt_length, read_jsonl, to_pictures)
 from text_encoder import T5Tokenizer
 
@@ -174,6 +175,25 @@ def test_short_side_bicubic_then_centre_crop(tmp_path, width, height):
     assert np.abs(pixels - crop(left))[4:-4, 4:-4].max() <= 2
     # a crop one pixel beside the centre is far off
     assert np.abs(pixels - crop(left + 1))[4:-4, 4:-4].max() > 15
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16), (16, 16), (40, 8)])
+@pytest.mark.parametrize("size", [(48, 32), (24, 16), (33, 70)])
+def test_pictures_cover_their_shape(tmp_path, size, shape):
+    """Whatever the shape, the centre is kept whole along one side."""
+    (width, height), (h, w) = size, shape
+    picture = Image.fromarray(random_pixels(height, width))
+    picture.save(tmp_path / "x.png")
+    pixels = load_cropped(tmp_path / "x.png", shape)
+    assert pixels.shape == (*shape, 3) and pixels.dtype == np.uint8
+    scale = max(w / width, h / height)
+    kept_width, kept_height = w / scale, h / scale
+    left, top = (width - kept_width) / 2, (height - kept_height) / 2
+    box = left, top, left + kept_width, top + kept_height
+    expected = picture.resize((w, h), Image.Resampling.BICUBIC, box=box)
+    close(pixels.astype(int), np.asarray(expected).astype(int), atol=1)
+    image = load_image(tmp_path / "x.png", shape)
+    assert image.shape == (3, *shape) and np.array_equal(to_pictures(image[None])[0], pixels)
 
 
 def test_resize_is_bicubic(tmp_path):
@@ -612,7 +632,8 @@ class Letters:
     def __call__(self, texts, length):
         return torch.tensor([[ord(c) for c in text.ljust(length, "_")[:length]] for text in texts])
 
-    def dialogue(self, questions, answers, length):
+    def dialogue(self, questions, answers, length, before):
+        assert not any(before)
         starts = torch.tensor([len(q) for q in questions])
         ids = self([q + a for q, a in zip(questions, answers)], length)
         return ids, torch.arange(length) >= starts[:, None]
@@ -896,6 +917,88 @@ def test_tasks_in_a_loader(records):
     assert set(seen.values()) == {5} and len(seen) == 5
 
 
+# ---------------------------------------------------------------- shapes of images
+
+WIDE, TALL = (16, 64), (64, 16)             # height and width, of the shapes for 32 pixels
+
+@pytest.fixture
+def shaped(folder):
+    """Examples of landscapes, portraits and squares, with the aspects of their pictures."""
+    sizes = {"a": (64, 16), "b": (16, 64), "c": (20, 20), "d": (128, 32), "e": (32, 32)}
+    for i, (name, size) in enumerate(sizes.items()):
+        Image.new("RGB", size, (50 * i,) * 3).save(folder / "images" / f"{name}.png")
+
+    def example(task, image, *sources):
+        return Example(task, folder / f"images/{image}.png",
+                       tuple(folder / f"images/{name}.png" for name in sources), "p", "", "x")
+
+    examples = [*(example("draw", name) for name in "abcde"),
+                example("edit", "a", "b", "c"), example("edit", "b", "a", "e")]
+    aspects = aspects_of([sizes[e.image.stem][::-1] for e in examples])
+    return examples, Buckets(bucket_shapes(32, 4, unit=16), aspects)
+
+
+def test_a_batch_has_the_shape_of_its_pictures(shaped):
+    """Sources are cropped to the shape of what is drawn."""
+    examples, buckets = shaped
+    assert buckets.shapes == [TALL, (48, 16), (32, 32), (16, 48), WIDE]
+    dataset = Tasks(examples, Letters(), 32, 6, buckets=buckets)
+    members = {(key.task, key.shape): group.indices.tolist()
+               for key, group in zip(dataset.keys, dataset.groups)}
+    assert members == {("draw", WIDE): [0, 3], ("draw", TALL): [1], ("draw", (32, 32)): [2, 4],
+                       ("edit", WIDE): [5], ("edit", TALL): [6]}
+    for key, group in zip(dataset.keys, dataset.groups):
+        batch = dataset.__getitems__(group.indices.tolist())
+        assert batch.images.shape == (len(group.indices), 1 + key.sources, 3, *key.shape)
+        assert {dataset.shape_of(i) for i in group.indices} == {key.shape}
+    assert level(batch.images) == [[50, 0, 200]]
+    weights = collections.Counter()
+    for group in dataset.groups:
+        weights[group.task] += group.weight
+    assert weights == {"draw": pytest.approx(1), "edit": pytest.approx(1)}
+
+
+def test_the_share_that_is_cropped(shaped):
+    """By hand: all shapes fit; squares keep a quarter of 4 : 1, in five of seven pictures."""
+    examples, buckets = shaped
+    whole = Tasks(examples, Letters(), 32, 6, buckets=buckets)
+    assert whole.cropped == pytest.approx((0, 0.75 * 5 / 7))
+    edits = Tasks(examples, Letters(), 32, 6, buckets=buckets, weights="edit=1")
+    assert edits.cropped == pytest.approx((0, 0.75)) and edits.shape_of(1) == TALL
+    assert Tasks(examples, Letters(), 32, 6).cropped is None
+
+
+def test_ranks_take_the_same_shape(shaped):
+    examples, buckets = shaped
+    dataset = Tasks(examples * 3, Letters(), 32, 6,
+                    buckets=buckets._replace(aspects=np.tile(buckets.aspects, 3)))
+    ranks = [take(BatchOrder(dataset.groups, 2, 0, rank, 2), 30) for rank in (0, 1)]
+    for batches in zip(*ranks):
+        assert len({dataset.shape_of(i) for batch in batches for i in batch}) == 1
+
+
+def test_a_replacement_has_the_same_shape(shaped):
+    examples, buckets = shaped
+    examples[0].image.write_bytes(b"")
+    dataset = Tasks(examples[:5], Letters(), 32, 6,
+                    buckets=buckets._replace(aspects=buckets.aspects[:5]))
+    batch = dataset.__getitems__([0, 3])
+    assert batch.records == ("example 3", "example 3") and batch.images.shape[-2:] == WIDE
+
+
+def test_one_shape_changes_nothing(shaped):
+    examples, buckets = shaped
+    plain = Tasks(examples, Letters(), 32, 6)
+    same_shape = Tasks(examples, Letters(), 32, 6,
+                       buckets=buckets._replace(shapes=bucket_shapes(32)))
+    assert plain.keys == same_shape.keys
+    for group, other in zip(plain.groups, same_shape.groups):
+        assert (group.task, group.weight) == (other.task, other.weight)
+        assert group.indices.tolist() == other.indices.tolist()
+        assert torch.equal(plain.__getitems__(group.indices).images,
+                           same_shape.__getitems__(group.indices).images)
+
+
 # ---------------------------------------------------------------- records that cannot be used
 
 TOKENIZER = T5Tokenizer(TESTS / "golden" / "t5_spiece.model")
@@ -934,6 +1037,40 @@ def test_an_index_gives_the_batches_of_a_list(folder, records, options):
         batch = lazy.__getitems__(indices)
         assert same(batch, plain.__getitems__(indices)) and not batch.skipped
         assert batch.records == tuple(lazy.records.origin(i) for i in indices)
+
+
+def test_questions_in_a_template(folder):
+    """A question has it, a caption does not; the index and a list give the same batches."""
+    template = "Q: {question} A: "
+    path = write(folder, pair("b"), {"image": A, "conversations": ["who is it?", "a", "q", "b"]})
+    plain = Tasks(read_jsonl(path), TOKENIZER, 4, 16, template=template)
+    lazy = Tasks(open_records([path], TOKENIZER, 16, folder, template), TOKENIZER, 4, 16,
+                 template=template)
+    for dataset in (plain, lazy):
+        batch = dataset.__getitems__([1, 2])
+        expected = TOKENIZER.dialogue(["Q: who is it? A: ", "Q: q A: "], ["a", "b"], 16)
+        assert all(map(torch.equal, (batch.tokens, batch.answer), expected))
+        assert torch.equal(dataset.__getitems__([0]).tokens, TOKENIZER(["bb"], 16))
+    with pytest.raises(ValueError, match="'Q: who is it. A: ' has .* too little room"):
+        Tasks(read_jsonl(path), TOKENIZER, 4, 8, template=template)
+
+
+def test_a_batch_of_dialogues(folder):
+    """Token by token: questions are given, answers with their ends and the padding are not."""
+    turns = ["who is it?", "a cat", "what color?", "black", "q", "yes"]
+    path = write(folder, {"image": A, "conversations": turns},
+                 {"image": A, "conversations": turns[:2]})
+    talks = open_records([path], TOKENIZER, 40, folder, "ask {question}", dialogues=True)
+    batch = Tasks(talks, TOKENIZER, 4, 40, template="ask {question}").__getitems__([0, 1])
+    for row, count in ((0, 6), (1, 2)):
+        ids, answer = [], []
+        for i, text in enumerate(turns[:count]):
+            part = TOKENIZER.encode(text) if i % 2 else TOKENIZER.encode(f"ask {text}")[:-1]
+            ids += part
+            answer += [bool(i % 2)] * len(part)
+        assert batch.tokens[row].tolist() == ids + [1] * (40 - len(ids))
+        assert batch.answer[row].tolist() == answer + [True] * (40 - len(ids))
+    assert batch.captions == ("yes", "a cat") and batch.prompts is None
 
 
 def test_captions_of_a_batch(records):

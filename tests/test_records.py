@@ -10,7 +10,7 @@ from PIL import Image
 
 import records
 from conftest import TESTS
-from records import Example, find_file, open_records, read_jsonl
+from records import Example, find_file, open_records, parse_record, read_jsonl
 from text_encoder import T5Tokenizer
 
 TOKENIZER = T5Tokenizer(TESTS / "golden" / "t5_spiece.model")
@@ -101,6 +101,16 @@ def test_questions(folder, plain, task):
     assert read_jsonl(write(folder, record)) == [
         Example(task or "questions", folder / B, (), None, "What is it?", "A cat."),
         Example(task or "questions", folder / B, (), None, "What colour?", "Red.")]
+
+
+def test_questions_as_a_dialogue(folder):
+    """All turns are one example; other records are what they were."""
+    record = {"image": [B], "conversations": ["q", "a", "r", "b", "s", "c"]}
+    single = record | {"conversations": ["q", "a"]}
+    assert parse_record(record, folder, dialogues=True) == [
+        Example("questions", folder / B, (), None, "s", "c", (("q", "a"), ("r", "b")))]
+    for other in (single, PAIR, {"image": [A, B], "conversations": ["b"], "instruction": "i"}):
+        assert parse_record(other, folder, dialogues=True) == parse_record(other, folder)
 
 
 def test_mixed_file_with_blank_lines_keeps_the_order(folder):
@@ -358,6 +368,34 @@ def test_the_index_follows_the_file_and_the_tokenizer(folder):
     before = opened(path).parts[0].header["state"]
     after = opened(path, tokenizer=more).parts[0].header["state"]
     assert (before["sentinels"], after["sentinels"]) == (100, 3)
+
+
+def test_the_index_follows_template_and_dialogues(folder):
+    question = " ".join(["word"] * 10)                          # as many tokens
+    path = write(folder, QUIZ, {"image": A, "conversations": [question, "a", "q", "b"]})
+    assert [e.question for e in opened(path)] == ["q", "what is it?", question, "q"]
+    asked = open_records([path], TOKENIZER, 16, folder / "run", "Please tell me: {question} A:")
+    [(origin, reason)] = asked.unusable
+    assert [e.question for e in asked] == ["q", "what is it?", "q"] and "line 2" in origin
+    assert f"the question 'Please tell me: {question} A:' has" in reason
+    talks = open_records([path], TOKENIZER, 18, folder / "run", dialogues=True)
+    expected = [("what is it?", "b", (("q", "a"),)), ("q", "b", ((question, "a"),))]
+    assert [(e.question, e.caption, e.before) for e in talks] == expected
+    assert list(pickle.loads(pickle.dumps(talks))) == list(talks)
+    assert talks.notes() == [] and len(opened(path)) == 4
+    talks = open_records([path], TOKENIZER, 17, folder / "run", dialogues=True)
+    assert talks.notes() == [
+        f"texts longer than 17 tokens, which are cut: 1, for example {path}, line 2: 'b'"]
+    crowded = open_records([path], TOKENIZER, 11, folder / "run", dialogues=True)
+    assert len(crowded) == 1 and "too little room" in crowded.unusable[0][1]
+
+
+def test_unknown_words_and_masks_of_all_turns(folder):
+    path = write(folder, {"image": A, "conversations": ["is it 猫?", "a", "q", "b"]},
+                 {"image": A, "conversations": ["q", "<extra_id_0>", "q", "b"]})
+    talks = open_records([path], TOKENIZER, 32, folder / "run", dialogues=True)
+    assert "does not know: 1, for example" in talks.notes()[0]
+    assert len(talks) == 1 and "mask token" in talks.unusable[0][1]
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"\xff" * 100, None])

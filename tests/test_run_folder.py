@@ -1,6 +1,7 @@
 """run_folder.py: missing and unfit parts, teacher features, checkpoints, metrics and timings."""
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ import train
 from checkpoint import Checkpoint
 from config import PRESETS, RunFiles, parse_arguments, parts_of, read_config
 from model import MMDiT
-from run_folder import (Features, Metrics, Skipped, allowed_skips, check_resume, describe_tasks,
-                        features_folder, load_optimizers, load_tasks, missing_parts, read_seconds,
-                        save_checkpoint, teacher_features, timed)
+from run_folder import (Features, Metrics, Skipped, allowed_skips, check_resume, describe_shapes,
+                        describe_tasks, features_folder, load_optimizers, load_tasks,
+                        missing_parts, read_seconds, save_checkpoint, teacher_features, timed)
 from teacher import load_teacher
 from text_encoder import T5Tokenizer
 
@@ -109,7 +110,7 @@ def test_missing_parts_are_made_in_another_process(tmp_path, monkeypatch):
     train.prepare_apart(given, other)
 
 
-def test_parts_that_do_not_fit(finished, tmp_path):
+def test_parts_that_do_not_fit(finished, tmp_path, capsys):
     """They are named before any training, and the corrected command may use the same folder."""
     arguments = [*LOOP, *part_options(finished), "--data", str(finished / "data" / "train.jsonl"),
                  "--out", str(tmp_path / "run")]
@@ -117,10 +118,12 @@ def test_parts_that_do_not_fit(finished, tmp_path):
             (["--model.text_dim", "48"], "text_dim"),
             (["--sampling.image_size", "60"], "image_size"),
             (["--sampling.text_length", "64"], "text_length"),
-            (["--sampling.image_size", "256"], "image_size")):
+            (["--sampling.image_size", "256"], "image_size"),
+            (["--max_aspect", "2", "--cache_latents", "false"], "the widest shape is 88 x 48"),
+            (["--max_aspect", "2"], "--cache_latents false")):
         with pytest.raises(SystemExit) as stopped:
             train.main([*arguments, *wrong])
-        assert name in str(stopped.value.code)
+        assert name in str(stopped.value.code) + capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- data
@@ -131,6 +134,75 @@ def test_shares_of_the_tasks(finished):
     dataset = load_tasks(config, parts, T5Tokenizer(parts.tokenizer))
     line = describe_tasks(dataset)
     assert line.startswith("tasks: ") and "questions 23%" in line and "not trained" not in line
+
+
+@pytest.fixture
+def landscapes(tmp_path) -> Path:
+    """A JSONL file of two landscapes, a portrait, a square and a picture that cannot be read."""
+    sizes = [(200, 100), (90, 55), (100, 200), (64, 64)]
+    lines = []
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size, (40 * i,) * 3).save(tmp_path / f"{i}.png")
+    for i in range(5):
+        lines.append({"image": [f"{i}.png"], "conversations": ["a red circle", "<image>"]})
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def tasks_of_shapes(finished: Path, path: Path, **options):
+    config = replace(read_config(finished / "run.json"), data=str(path), weights="*=1",
+                     captioned="*", max_aspect=2.0, out=str(path.parent), **options)
+    tokenizer = T5Tokenizer(finished / "tokenizer.model")
+    return load_tasks(config, parts_of(config, path.parent), tokenizer, unit=8)
+
+
+def test_shares_of_the_shapes(finished, landscapes):
+    """88 x 48 is 1.83 : 1, 80 x 48 is 1.67 : 1 and the nearest to 90 x 55."""
+    dataset = tasks_of_shapes(finished, landscapes)
+    cropped = (2 * (1 - 88 / 48 / 2) + (1 - 90 / 55 / (80 / 48)) + 0 + 0) / 5
+    squares = (1 / 2 + (1 - 55 / 90) + 1 / 2 + 0 + 0) / 5
+    assert dataset.cropped == pytest.approx((cropped, squares), abs=1e-6)
+    assert describe_shapes(dataset) == (
+        f"shapes: 64 x 64 40%, 80 x 48 20%, 88 x 48 20%, 48 x 88 20%; {cropped:.1%} of the pixels "
+        f"are cropped, squares would crop {squares:.1%}")
+    assert (landscapes.parent / "records.jsonl.aspects").exists()
+
+
+def test_questions_have_the_template_of_the_settings(finished, landscapes):
+    landscapes.write_text(json.dumps({"image": "0.png", "conversations": ["q", "a", "r", "b"]}))
+    settings = read_config(finished / "run.json").sampling
+    settings = replace(settings, question_template="x {question}")
+    dataset = tasks_of_shapes(finished, landscapes, sampling=settings, dialogues=True)
+    batch = dataset.__getitems__([0])
+    expected = dataset.tokenizer.dialogue(["x r"], ["b"], 32, [[("x q", "a")]])
+    assert torch.equal(batch.tokens, expected[0]) and torch.equal(batch.answer, expected[1])
+    assert batch.images.shape == (1, 1, 3, 48, 88)
+
+
+def test_the_teacher_sees_the_crop(finished, landscapes, monkeypatch):
+    """Every picture in its shape; files of features have other names for other shapes."""
+    class Teacher:
+        out_dim = 5
+
+        def image_features(self, pictures):
+            return torch.tensor([[*p.shape, p[0, 0, 0], 0] for p in pictures]).float()
+
+        def text_features(self, texts):
+            return torch.zeros(len(texts), 5)
+
+    monkeypatch.setattr(run_folder, "load_teacher", lambda *_: Teacher())
+    folder = landscapes.parent
+    dataset = tasks_of_shapes(finished, landscapes)
+    files = teacher_features(dataset, folder / "teacher", folder, 5, CPU)
+    image, _ = Features(files, dataset.aligned)(list(range(5)))
+    assert image[:, :4].tolist() == [
+        [48, 88, 3, 0], [48, 80, 3, 40], [88, 48, 3, 80], [64, 64, 3, 120], [64, 64, 3, 128]]
+    dataset.keys = [key._replace(shape=(64, 64)) for key in dataset.keys]
+    as_squares = teacher_features(dataset, folder / "teacher", folder, 5, CPU)
+    dataset.keys = [key._replace(shape=(72, 72)) for key in dataset.keys]
+    larger = teacher_features(dataset, folder / "teacher", folder, 5, CPU)
+    assert len({*files, *as_squares, *larger}) == 3
 
 
 def test_teacher_features_are_computed_once(finished, monkeypatch):

@@ -25,11 +25,12 @@ from sentencepiece import SentencePieceTrainer
 from torch.overrides import TorchFunctionMode
 
 from checkpoint import save
+from config import DUAL, ORDERS
 from data import load_image, to_pictures
 from experiments.language import caption
 from experiments.world import random_scene
 from model import MMDiT, MMDiTConfig, Output
-from sample import ORDERS, Pipeline, describe, float64_device, flow_sigmas, generate, main
+from sample import Pipeline, describe, float64_device, flow_sigmas, generate, main
 from text_encoder import T5Config, T5Encoder, T5Tokenizer
 from vae import VAE, VAEConfig
 
@@ -250,6 +251,33 @@ def test_tokens_on_the_left_come_first():
         assert revealed(answer_row) == set(range(2 + 6 * step // 4))
 
 
+def test_blocks_are_filled_in_from_the_left_each_by_confidence():
+    tokens = all_masked(2, 8)
+    tokens[1, :2] = torch.tensor([3, 3])                        # blocks count from the answer on
+    fake = Fake(confident([5, 0, 7, 3, 2, 6, 1, 4]))
+    fake.describe(tokens, steps=8, order="confidence", block=4)
+    caption = [0, 3, 2, 1, 5, 7, 6, 4]
+    answer = [5, 3, 2, 4, 7, 6]                                 # blocks 2 to 5 and 6 to 7
+    quotas = [6 * step // 8 for step in range(8)]
+    for step, (caption_row, answer_row) in enumerate(fake.states):
+        assert revealed(caption_row) == set(caption[:step])
+        assert revealed(answer_row) == {0, 1, *answer[:quotas[step]]}
+
+
+def test_the_end_is_revealed_after_the_words():
+    order = [5, 0, 7, 3, 2, 6, 1, 4]
+    fake = Fake(confident(order))                               # tokens 0 1 2 3 4 5 0 1
+    end = 1                                                     # at the positions 1 and 7
+    fake.describe(all_masked(1, 8), steps=8, end_id=end)
+    assert [revealed(state[0]) for state in fake.states] == [
+        set([5, 0, 3, 2, 6, 4, 7, 1][:step]) for step in range(8)]
+    # within a block the end comes last, but before the next block
+    fake.states.clear()
+    fake.describe(all_masked(1, 8), steps=8, end_id=end, block=4)
+    assert [revealed(state[0]) for state in fake.states] == [
+        set([0, 3, 2, 1, 5, 6, 4, 7][:step]) for step in range(8)]
+
+
 def test_rows_with_different_questions_finish_together():
     tokens = all_masked(2, 8)
     tokens[0, :6] = torch.tensor([0, 1, 2, 3, 4, 5])
@@ -351,7 +379,7 @@ def test_default_order_is_from_the_left_for_questions_and_by_confidence_for_capt
 
 
 @pytest.mark.parametrize("options", [
-    {"order": "left to right"}, {"steps": 0}, {"temperature": -1.0}])
+    {"order": "left to right"}, {"steps": 0}, {"temperature": -1.0}, {"block": -3}])
 def test_impossible_ways_to_write(options):
     [value] = options.values()
     with pytest.raises(ValueError, match=re.escape(repr(value))):
@@ -505,6 +533,81 @@ def test_an_answer_is_the_text_after_its_question(run):
         pipeline.caption(images, questions=["a square", "red circle " * 60])
 
 
+def with_settings(pipeline, **settings):
+    return replace(pipeline, settings=replace(pipeline.settings, **settings))
+
+
+def test_questions_stand_in_the_template_of_the_model(run):
+    bare, images = Pipeline.from_run(run), random_images(2)
+    pipeline = with_settings(bare, question_template="is a {question} square")
+    questions = ["red", "large blue"]
+    asked = [f"is a {question} square" for question in questions]
+    assert pipeline.caption(images, questions=questions) == bare.caption(images, questions=asked)
+    assert pipeline.caption(images, questions=questions) != bare.caption(images,
+                                                                         questions=questions)
+    assert pipeline.caption(images) == bare.caption(images)     # captions have no template
+
+
+def test_answers_have_their_own_length(run):
+    pipeline = with_settings(Pipeline.from_run(run), answer_length=20)
+    lengths = []
+    encode = pipeline.encode_text
+    pipeline.encode_text = lambda ids: (lengths.append(ids.shape[1]), encode(ids))[1]
+    image = random_images(1)
+    for question, length in ((None, 48), ("red", 20), ("a large red circle at the top left", 48)):
+        lengths.clear()
+        pipeline.caption(image, steps=1, questions=None if question is None else [question])
+        assert set(lengths) == {length}
+
+
+def test_a_dialogue_is_seen_by_the_next_question(run):
+    pipeline, image = Pipeline.from_run(run), random_images(1)
+    tokens = pipeline.tokenizer
+    before = [("red", "a circle"), ("blue", "a square")]
+    seen = []
+    encode = pipeline.encode_text
+    pipeline.encode_text = lambda ids: (seen.append(ids.tolist()), encode(ids))[1]
+    pipeline.caption(image, steps=1, questions=["gray"], before=[before])
+    start = sum((tokens.encode(q)[:-1] + tokens.encode(a) for q, a in before), [])
+    start += tokens.encode("gray")[:-1]
+    assert seen[0][0][:len(start)] == start
+    assert set(seen[0][0][len(start):]) == {tokens.mask_id}
+
+
+def test_text_settings_of_the_model_are_the_defaults(run):
+    bare, images = Pipeline.from_run(run), random_images(3)
+    pipeline = with_settings(bare, order="ancestral", temperature=1.0)
+    assert pipeline.caption(images, 3) == bare.caption(images, 3, None, "ancestral", 1.0)
+    assert bare.caption(images, 3, None, "ancestral", 1.0) != bare.caption(images, 3)
+    assert pipeline.caption(images, 3, None, "confidence", 0.0) == \
+        bare.caption(images, 3, None, "confidence")
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(run):
+    pipeline = Pipeline.from_run(run)
+    negative = pipeline.draw([PROMPT], negative=BLUE)
+    assert torch.equal(negative, with_settings(pipeline, negative_prompt=BLUE).draw([PROMPT]))
+    assert not torch.equal(negative, pipeline.draw([PROMPT]))
+    # v = v_negative + 1 (v_text - v_negative): guidance 1 leaves it out
+    assert torch.equal(pipeline.draw([PROMPT], guidance=1.0, negative=BLUE),
+                       pipeline.draw([PROMPT], guidance=1.0))
+    # guidance 0 is the negative prompt alone
+    close(pipeline.draw([PROMPT], guidance=0.0, negative=BLUE),
+          pipeline.draw([BLUE], guidance=1.0))
+
+
+def test_pictures_that_are_not_square(run):
+    pipeline = Pipeline.from_run(run)
+    wide = pipeline.draw([PROMPT, BLUE], [3, 9], size=(32, 80))
+    assert wide.shape == (2, 3, 32, 80)
+    close(pipeline.draw([BLUE], 9, size=(32, 80)), wide[1:])    # each image has its own seed
+    edited = pipeline.edit([PROMPT], [wide[:1]], size=(32, 80))
+    assert edited.shape == (1, 3, 32, 80)
+    for size in ((32, 40), (144, 32), (0, 32)):
+        with pytest.raises(ValueError, match=f"image size {size[1]} x {size[0]}: expected mult"):
+            pipeline.draw([PROMPT], size=size)
+
+
 def test_captions_are_answers_to_no_question(run):
     pipeline, images = Pipeline.from_run(run), random_images(2)
     captions, questions = pipeline.caption(images), ["a red circle", ""]
@@ -603,7 +706,7 @@ def test_prompts_from_a_file(run, inside, capsys):
 @pytest.mark.parametrize("arguments, words", [
     ([], "give texts to draw"),
     (["--image", "x.png"],
-     "give texts to draw, or one of --describe, --ask, --edit, --edges, --depth, --pose"),
+     "give texts to draw, or one of --describe, --ask, --edit, --edits, --edges, --depth"),
     (["a", "--edit", "b", "--image", "x.png"], "give texts to draw, or one of"),
     (["a", "--image", "x.png"], "need --image, and nothing else takes it"),
     (["--describe", "x.png", "--image", "x.png"], "nothing else takes it"),
@@ -625,7 +728,6 @@ def test_prompts_from_a_file(run, inside, capsys):
     (["a", "--describe", "x.png"], "give texts to draw"),
     (["--prompts", "none.txt"], "none.txt: no such file"),
     (["a", "b", "--out", "x.png"], "one picture for 2 prompts"),
-    (["a", "--model", "x"], "--model needs --tokenizer"),
     (["a", "--order", "backwards"], "--order"),
     (["a", "--seed", "x"], "--seed"),
 ])
@@ -702,11 +804,86 @@ def test_every_turn_edits_the_last_result(run, sources, capsys):
     assert "warning: 'a zebra': not in the model's vocabulary: zebra" in printed.err
     pipeline = Pipeline.from_run(run)
     for i, (name, turn) in enumerate(zip(names, turns)):
-        sources = [pipeline.edit([turn], sources, seed=5 + i)]
-        assert np.abs(pixels(name) - to_pictures(sources[0])[0]).max() <= 1
+        result = pipeline.edit([turn], sources, seed=5 + i)
+        assert np.abs(pixels(name) - to_pictures(result)[0]).max() <= 1
+        sources = [load_image(name, 32)[None]]
         assert Image.open(name).text["prompt"] == turn
         assert settings_of(name) == {"seed": 5 + i, "steps": 3, "shift": 3.0, "guidance": 2.0,
                                      "image_guidance": 1.5, "model": str(run)}
+
+
+def write_edits(*lines):
+    Path("edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_many_edits_from_a_file_and_only_what_is_missing(run, sources, inside, capsys):
+    write_edits({"image": "a.png", "instruction": "a red circle"},
+                {"image": ["a.png", "b.png"], "instruction": "a square", "seed": 4,
+                 "name": "x.png"})
+    command = ["--edits", "edits.jsonl", "--out", "done", "--run", str(run), "--seed", "2"]
+    main(command)
+    assert capsys.readouterr().out == "done/0001.png\ta red circle\ndone/x.png\ta square\n"
+    assert [settings_of(f"done/{name}")["seed"] for name in ("0001.png", "x.png")] == [2, 6]
+    pipeline = Pipeline.from_run(run)
+    both = pipeline.edit(["a square"], sources, 6)
+    assert np.abs(pixels("done/x.png") - to_pictures(both)[0]).max() <= 1
+    first, last = ((inside / "done" / name).read_bytes() for name in ("0001.png", "x.png"))
+    (inside / "done" / "x.png").write_bytes(last[:len(last) // 2])     # no whole picture
+    main(command)
+    assert capsys.readouterr().out == "done/x.png\ta square\n"
+    assert (inside / "done" / "x.png").read_bytes() == last
+    assert (inside / "done" / "0001.png").read_bytes() == first
+    write_edits({"image": "a.png", "instruction": "a blue circle"})
+    assert "0001.png: was drawn with another prompt" in stopped(command)
+    write_edits({"image": "a.png", "instruction": "a red circle"})
+    assert "0001.png: was drawn with other steps" in stopped([*command, "--steps", "1"])
+
+
+@pytest.mark.parametrize("line, words", [
+    ("[1]", "a JSON array"), ("{", "edits.jsonl, line 1: not valid JSON"),
+    ('{"image": "a.png"}', "line 1: 'instruction' is None, expected a text"),
+    ('{"image": "none.png", "instruction": "a"}', "line 1: no such picture: none.png"),
+    ('{"image": [], "instruction": "a"}', "line 1: 'image' is []"),
+    ('{"image": "a.png", "instruction": "a", "seed": 1.5}', "'seed' is 1.5, expected an integer"),
+    ('{"image": "a.png", "instruction": "a", "name": "../x.png"}', "'name' is '../x.png'"),
+    ('{"image": "a.png", "instruction": "a", "name": "x.jpg"}', "expected the name of a .png"),
+    ('{"image": "a.png", "instruction": "a", "out": "x.png"}', "unknown key 'out', expected image"),
+    ('{"image": "a.png", "instruction": "a", "name": "a.png"}', "is the picture to edit"),
+    ('\n{"image": "a.png", "instruction": "a"}\n{"image": "b.png", "instruction": "a", '
+     '"name": "0002.png"}', "line 3: another line has the name 0002.png already"),
+])
+def test_edits_that_cannot_be_drawn(sources, capsys, line, words):
+    Path("edits.jsonl").write_text(line)
+    assert words in refused(["--edits", "edits.jsonl", "--run", "none", "--out", "."], capsys)
+
+
+def test_edits_need_a_folder(sources, capsys):
+    write_edits({"image": "a.png", "instruction": "a"})
+    message = refused(["--edits", "edits.jsonl", "--out", "x.png"], capsys)
+    assert "--out x.png: --edits needs a folder" in message
+    assert "edits.jsonl: no such file" in refused(["--edits", "no/edits.jsonl"], capsys)
+
+
+def test_a_dialogue_on_the_command_line(run, sources, capsys):
+    questions = ["what color is it?", "where is it?"]
+    ask = ["--image", "a.png", *(f"--ask={question}" for question in questions), "--run", str(run)]
+    main([*ask, "--dialogue", "--steps", "3"])
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    pipeline = Pipeline.from_run(run)
+    [first] = pipeline.caption(sources[0], 0, 3, questions=questions[:1])
+    [second] = pipeline.caption(sources[0], 1, 3, questions=questions[1:],
+                                before=[[(questions[0], first)]])
+    assert lines == [[questions[0], first], [questions[1], second]]
+
+
+def test_width_and_height(run, sources, capsys):
+    main([PROMPT, "--run", str(run), "--width", "64", "--out", "wide.png"])
+    assert Image.open("wide.png").size == (64, 32)
+    main(["--image", "wide.png", "--edit", "a circle", "--run", str(run), "--height", "48",
+          "--out", "tall.png"])
+    assert Image.open("tall.png").size == (32, 48)
+    main(["--describe", "wide.png", "--run", str(run), "--width", "64"])
+    assert "image size 40 x 32" in stopped([PROMPT, "--run", str(run), "--width", "40"])
 
 
 def test_names_of_edited_pictures(run, sources, inside, capsys):
@@ -729,6 +906,7 @@ def test_names_of_edited_pictures(run, sources, inside, capsys):
 
 @pytest.mark.parametrize("kind", ["edges", "depth", "pose"])
 def test_maps_are_edits(run, sources, kind, capsys):
+    """Their instruction is a setting of the model."""
     prompt = f"draw the {kind} of the picture"
     main(["--image", "a.png", f"--{kind}", "--run", str(run), "--out", "map.png"])
     assert capsys.readouterr().out == f"map.png\t{prompt}\n"
@@ -829,7 +1007,15 @@ def test_parts_of_released_layouts_in_place_of_a_run(run, inside):
           "--image-size", "64", "--steps", "2", "--out", "x.png"])
     assert Image.open("x.png").size == (64, 64)
     assert settings_of("x.png") == {
-        "seed": 0, "steps": 2, "shift": 3.0, "guidance": 7.0, "model": str(inside)}
+        "seed": 0, "steps": 2, "shift": 3.0, "guidance": 7.0, "negative": DUAL.negative_prompt,
+        "model": str(inside)}
+
+
+def test_a_checkpoint_of_a_run_brings_the_parts_and_settings_of_the_run(run, inside):
+    weights = run / "checkpoint-00000001" / "ema.safetensors"
+    main([PROMPT, "--model", str(weights), "--out", "m.png"])
+    main([PROMPT, "--run", str(run), "--out", "r.png"])
+    assert (pixels("m.png") == pixels("r.png")).all()
 
 
 # ---------------------------------------------------------------- what is done is written
@@ -873,7 +1059,7 @@ def test_each_batch_of_prompts_is_written_before_the_next(run, inside, monkeypat
     names = [f"pictures/{i + 1:04d}.png" for i in range(32)]
     assert lines == [f"{name}\t{prompt}" for name, prompt in zip(names, PROMPTS)]
     assert sorted(map(str, (inside / "pictures").iterdir())) == [str(inside / n) for n in names]
-    assert [(len(call[0]), call[1]) for call in calls] == [(16, 5), (16, 21), (8, 37)]
+    assert [(len(call[0]), call[1][0]) for call in calls] == [(16, 5), (16, 21), (8, 37)]
     monkeypatch.undo()
     alone = Pipeline.from_run(run).draw(PROMPTS[20:21], seed=25, steps=1)
     assert np.abs(pixels(inside / names[20]) - to_pictures(alone)[0]).max() <= 1
@@ -991,6 +1177,22 @@ def test_a_name_that_another_run_takes_meanwhile(run, inside, monkeypatch, capsy
     assert (inside / "pictures/0001.png").read_bytes() == b"mine"
 
 
+def test_a_turn_edits_the_result_whose_name_was_taken(run, sources, inside, monkeypatch, capsys):
+    (inside / "pictures").mkdir()
+    edit, given = Pipeline.edit, []
+
+    def edit_meanwhile(self, prompts, images, *args, **options):
+        given.append(images[0])
+        Image.new("RGB", (32, 32)).save(inside / "pictures/0001.png")
+        return edit(self, prompts, images, *args, **options)
+    monkeypatch.setattr(Pipeline, "edit", edit_meanwhile)
+    main(["--image", "a.png", "--edit", "a circle", "--edit", "a square", "--run", str(run),
+          "--steps", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["pictures/0002.png\ta circle", "pictures/0003.png\ta square"]
+    assert torch.equal(given[1], load_image("pictures/0002.png", 32)[None])
+
+
 @pytest.mark.parametrize("error", [
     torch.cuda.OutOfMemoryError("Tried to allocate 9 GiB"), MemoryError("9 GiB"),
     PermissionError(errno.EACCES, "Permission denied", "ema.safetensors")])
@@ -1042,7 +1244,11 @@ def test_image_guidance_out_of_range(sources):
     (["--describe", "a.png", "--out", "x"], "--out has an effect only where pictures are drawn"),
     (["--describe", "a.png", "--guidance", "2"], "--guidance has an effect only where"),
     (["--ask", "a", "--image", "a.png", "--image-guidance", "2"], "--image-guidance has an effect"),
-    (["a", "--image-guidance", "2"], "--image-guidance has an effect only on --edit"),
+    (["a", "--image-guidance", "2"], "--image-guidance has an effect only where pictures are ed"),
+    (["--describe", "a.png", "--negative", "b"], "--negative has an effect only where pictures"),
+    (["--describe", "a.png", "--dialogue"], "--dialogue has an effect only on --ask"),
+    (["--describe", "a.png", "--block", "4"], "--block has an effect only with --order confidence"),
+    (["--describe", "a.png", "--end-last"], "--end-last has an effect only with --order conf"),
     (["--prompt", "a"], "unrecognized arguments: --prompt"),
     (["a", "--seed", "1.5"], "--seed"), (["a", "--steps", "nan"], "--steps"),
     (["a", "--padding-id", "2"], "--padding-id")])
@@ -1088,7 +1294,7 @@ def test_an_image_size_beyond_the_positions(run, inside):
     sizes = SETTINGS | {"image_size": 144}                      # 8 patches of 16 pixels
     (folder / "run.json").write_text(json.dumps({"sampling": sizes}))
     message = stopped([PROMPT, "--run", "run"])
-    assert "image size 144: expected a multiple of 16, at most 128" in message
+    assert "image size 144 x 144: expected multiples of 16, at most 128" in message
 
 
 def test_a_run_with_settings_out_of_range(run, inside):

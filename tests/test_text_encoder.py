@@ -13,7 +13,7 @@ from conftest import TESTS, golden, manifest, parameter_count, write_shards, wri
 from safetensors.torch import save_file
 
 from checkpoint import save
-from text_encoder import T5Config, T5Encoder, T5Tokenizer, relative_buckets
+from text_encoder import T5Config, T5Encoder, T5Tokenizer, asked, relative_buckets
 
 SPIECE = TESTS / "golden" / "t5_spiece.model"
 CASES = json.loads((TESTS / "golden" / "t5_tokens.json").read_text())["cases"]
@@ -103,6 +103,51 @@ def test_a_question_that_leaves_no_room(tok):
             tok.dialogue(["", "what is it?"], answers, n + 1)
 
 
+def test_questions_in_the_template_of_a_checkpoint():
+    assert asked("what is it?") == "what is it?"
+    assert asked("what {is} it?", "Q: {question} A: ") == "Q: what {is} it? A: "
+    assert asked("", "Q: {question} A: ") == ""                  # a caption
+
+
+@pytest.mark.parametrize("padding_id", [0, 1])
+def test_dialogues(padding_id):
+    """Every answer is predicted with its </s>, no question is, and padding is."""
+    tok = T5Tokenizer(SPIECE, padding_id=padding_id)
+    q, other = tok.encode("what is it?")[:-1], tok.encode("and a dog?")[:-1]
+    cat, yes = tok.encode("a cat"), tok.encode("yes")
+    turns = [("q", q), ("a", cat), ("q", other), ("a", yes), ("q", q), ("a", cat)]
+    whole = sum((part for _, part in turns), [])
+    flags = sum(([kind == "a"] * len(part) for kind, part in turns), [])
+    before = [[("what is it?", "a cat"), ("and a dog?", "yes")], []]
+    ids, answer = tok.dialogue(["what is it?"] * 2, ["a cat"] * 2, len(whole) + 3, before)
+    assert ids[0].tolist() == whole + [padding_id] * 3
+    assert answer[0].tolist() == flags + [True] * 3
+    alone = tok.dialogue(["what is it?"], ["a cat"], len(whole) + 3)
+    assert torch.equal(ids[1:], alone[0]) and torch.equal(answer[1:], alone[1])
+    for length in range(len(q) + 2, len(whole)):                # a long one is cut
+        ids, answer = tok.dialogue(["what is it?"], ["a cat"], length, before[:1])
+        assert ids.tolist() == [whole[:length - 1] + [1]]
+        assert answer.tolist() == [flags[:length]]
+    masked, answer = tok.dialogue(["what is it?"] * 2, None, len(whole) + 3, before)
+    start = len(whole) - len(cat)                               # earlier answers are given
+    assert masked[0].tolist() == whole[:start] + [tok.mask_id] * (len(cat) + 3)
+    assert answer[0].tolist() == [False] * start + [True] * (len(cat) + 3)
+    assert masked[1].tolist() == q + [tok.mask_id] * (len(whole) + 3 - len(q))
+
+
+def test_dialogues_that_leave_no_room(tok):
+    """In training the first answer needs room, in sampling the last one."""
+    before = [[("what is it?", "a cat")]]
+    first = len(tok.encode("what is it?")) - 1
+    start = first + len(tok.encode("a cat")) + len(tok.encode("and a dog?")) - 1
+    assert tok.dialogue(["and a dog?"], ["yes"], first + 2, before)[1].sum() == 2
+    with pytest.raises(ValueError, match=rf"question 'what is it\?' has {first} tokens"):
+        tok.dialogue(["and a dog?"], ["yes"], first + 1, before)
+    assert tok.dialogue(["and a dog?"], None, start + 2, before)[1].sum() == 2
+    with pytest.raises(ValueError, match=rf"up to the question 'and a dog\?' has {start} tokens"):
+        tok.dialogue(["and a dog?"], None, start + 1, before)
+
+
 def test_decode(tok):
     texts = ["A photo of a cat.", "", "two dogs, 3 cups"]
     assert tok.decode(tok(texts, length=20)) == texts
@@ -129,6 +174,7 @@ def test_tokenizer_survives_pickling(tok):
     lambda tok: tok.dialogue(["what?"], []),
     lambda tok: tok.dialogue(["what?"], ["a", "b"]),
     lambda tok: tok.dialogue([""], length=0),
+    lambda tok: tok.dialogue(["what?"], ["a"], before=[]),
 ])
 def test_bad_texts_and_ids(tok, call):
     with pytest.raises(ValueError, match="expected"):

@@ -187,6 +187,57 @@ def test_pictures_that_are_not_encoded_beforehand(finished, tmp_path):
     assert [set(m) for m in metrics(run)] == [set(m) for m in metrics(finished)]
 
 
+def test_pictures_and_dialogues_of_any_shape(finished, tmp_path, monkeypatch, capsys):
+    """Landscapes and portraits keep their shapes, a dialogue is one text; losses are finite."""
+    lines = []
+    for i in range(4):
+        Image.new("RGB", (180, 100) if i % 2 else (100, 180), "red").save(tmp_path / f"{i}.png")
+        lines.append({"image": [f"{i}.png"], "conversations": ["a red circle", "<image>"]})
+        talk = ["what color is the circle?", "red", "what shape is it?", "a circle"]
+        lines.append({"image": [f"{i}.png"], "conversations": talk})
+        lines.append({"image": [f"{i}.png", f"{3 - i}.png"], "conversations": [""],
+                      "instruction": "make it red"})
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen, real = [], train.corrupt
+
+    def corrupt(batch, latents, *arguments):
+        seen.append((batch, latents, real(batch, latents, *arguments)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(train, "corrupt", corrupt)
+    run = tmp_path / "run"
+    train.main([*LOOP, *part_options(finished), "--data", str(tmp_path / "data.jsonl"),
+                "--out", str(run), "--max_aspect", "2", "--dialogues", "true", "--weights", "*=1",
+                "--cache_latents", "false", "--model.position_table", "16", "--batch_size", "2",
+                "--intrinsic_weight", "0", "--sampling.question_template", "say: {question}"])
+    assert "shapes: 88 x 48 50%, 48 x 88 50%; 1.8% of" in capsys.readouterr().out
+    shapes = {(batch.task, tuple(batch.images.shape)) for batch, _, _ in seen}
+    sizes = {"text_to_image": 1, "questions": 1, "image_to_image": 2}
+    assert shapes == {(task, (2, count, 3, *shape)) for task, count in sizes.items()
+                      for shape in ((48, 88), (88, 48))}
+    for batch, latents, c in seen:
+        assert latents.shape[-2:] == (batch.images.shape[-2] // 4, batch.images.shape[-1] // 4)
+        if batch.task == "questions":
+            assert len(batch.tokens) == 2 and batch.captions == ("a circle", "a circle")
+            changes = (batch.answer[:, 1:] != batch.answer[:, :-1]).sum(dim=1)
+            assert changes.tolist() == [3, 3]                   # question, answer, and both again
+            assert not (c.mask & ~batch.answer).any()
+    assert all(math.isfinite(value) for line in metrics(run) for value in line.values())
+    assert len(metrics(run)) == 6 and tasks_of(run) == set(sizes)
+
+
+def test_the_teacher_sees_the_shape_of_the_batch():
+    class Teacher:
+        def image_features(self, pictures):
+            return [picture.shape for picture in pictures]
+
+        def text_features(self, texts):
+            return list(texts)
+
+    batch = Batch("any", torch.zeros(2, 3, 3, 48, 88), None, None, None, None, None, ("a", "b"))
+    assert train.online_features(batch, Teacher()) == ([(48, 88, 3)] * 2, ["a", "b"])
+
+
 def test_clipping_sees_the_mean_gradient(tmp_path, monkeypatch):
     """Four micro batches of the same data and noise have the gradient of one."""
     monkeypatch.setattr(train.BatchOrder, "__iter__", lambda self: iter(lambda: [0, 1, 2, 3], None))
@@ -376,6 +427,27 @@ def test_only_the_answer_to_a_question_is_masked():
 
     masked = torch.stack([ids_of(seed) == MASK for seed in range(20)])          # (20, 4, 6)
     assert not masked[..., :3].any() and masked[..., 3:].any()
+
+
+def test_every_answer_of_a_dialogue_counts():
+    """Two runs of answer: both are masked, and a token of the question changes no loss."""
+    c, model = corrupted(CONFIG, draws=False)
+    is_answer = torch.tensor([False, True, True, False, False, True]).expand(4, 6)
+    batch = Batch("any", None, None, None, random_ids(), is_answer, None)
+    encoder = T5Encoder(T5Config(
+        vocab_size=50, dim=16, head_dim=8, ff_dim=16, depth=1, num_heads=2, mask_id=MASK))
+    masks = [train.corrupt(batch, c.latents[:, None], encoder, MASK, EMPTY, seeded(seed), CONFIG)
+             for seed in range(20)]
+    counts = torch.stack([m.mask for m in masks]).sum(dim=(0, 1))               # (6,)
+    assert (counts > 0).tolist() == is_answer[0].tolist()
+    objective = train.Objective(model, CONFIG)
+    text = next(m for m in masks if m.mask[:, 1].any() and m.mask[:, 5].any())
+    loss = objective(text)["masked_token"]
+    for place, is_counted in ((0, False), (1, True), (3, False), (5, True)):
+        tokens = text.tokens.clone()                            # of the targets alone
+        tokens[:, place] = (tokens[:, place] + 7) % 40
+        other = objective(text._replace(tokens=tokens))["masked_token"]
+        assert bool((other - loss).abs() > 1e-4) == is_counted
 
 
 def test_stratified_numbers_are_spread_evenly():
