@@ -312,6 +312,12 @@ class Pipeline:
             raise ValueError(f"image size {size[1]} x {size[0]}: expected multiples of {unit}, "
                              f"at most {largest}")
 
+    def check_writes(self) -> None:
+        """Raise ValueError for a model that cannot write."""
+        if not self.model.text_head.weight.any():
+            raise ValueError(f"{self.name}: cannot write, its text head is all zero as plain "
+                             "SD3's; use a dual checkpoint")
+
     def encode_text(self, ids: Tensor) -> Tensor:
         """T5 of ids (B, L) -> (B, L, D)."""
         return self.text_encoder(ids.to(self.device)).to(self.model.pos_embed.dtype)
@@ -703,9 +709,7 @@ def _write_texts(pipeline: Pipeline, a: argparse.Namespace,
 
     A picture that cannot be read raises ValueError after all others have their text.
     """
-    if not pipeline.model.text_head.weight.any():
-        raise ValueError(f"{pipeline.name}: cannot write, its text head is all zero as plain "
-                         "SD3's; use a dual checkpoint")
+    pipeline.check_writes()
     if a.dialogue:
         yield from _answer_in_turn(pipeline, a, size)
         return

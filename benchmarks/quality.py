@@ -284,9 +284,7 @@ def answer(a: argparse.Namespace) -> None:
         raise ValueError(f"--out {a.out}: expected the name of another .jsonl file")
     questions = read_questions(a.questions, a.images, a.suffix)[:a.limit]
     pipeline = load_pipeline(a)
-    if not pipeline.model.text_head.weight.any():
-        raise ValueError(f"{pipeline.name}: cannot write, its text head is all zero as plain "
-                         "SD3's; use a dual checkpoint")
+    pipeline.check_writes()
     answers = answer_missing(pipeline, questions, a.out, a.batch, a.seed, a.steps, a.squash)
     summary = summarize(questions, answers)
     text = json.dumps(summary, indent=2) + "\n"
