@@ -170,12 +170,14 @@ def test_shares_of_the_shapes(finished, landscapes):
 
 
 def test_questions_have_the_template_of_the_settings(finished, landscapes):
-    landscapes.write_text(json.dumps({"image": "0.png", "conversations": ["q", "a", "r", "b"]}))
+    turns = ["red", "a circle", "blue", "a square"]
+    landscapes.write_text(json.dumps({"image": "0.png", "conversations": turns}))
     settings = read_config(finished / "run.json").sampling
-    settings = replace(settings, question_template="x {question}")
+    settings = replace(settings, question_template="is {question} a color")
     dataset = tasks_of_shapes(finished, landscapes, sampling=settings, dialogues=True)
     batch = dataset.__getitems__([0])
-    expected = dataset.tokenizer.dialogue(["x r"], ["b"], 32, [[("x q", "a")]])
+    expected = dataset.tokenizer.dialogue(
+        ["is blue a color"], ["a square"], 32, [[("is red a color", "a circle")]])
     assert torch.equal(batch.tokens, expected[0]) and torch.equal(batch.answer, expected[1])
     assert batch.images.shape == (1, 1, 3, 48, 88)
 
@@ -193,10 +195,11 @@ def test_the_teacher_sees_the_crop(finished, landscapes, monkeypatch):
 
     monkeypatch.setattr(run_folder, "load_teacher", lambda *_: Teacher())
     folder = landscapes.parent
+    landscapes.write_text(landscapes.read_text() * 14)          # more than the teacher sees at once
     dataset = tasks_of_shapes(finished, landscapes)
     files = teacher_features(dataset, folder / "teacher", folder, 5, CPU)
-    image, _ = Features(files, dataset.aligned)(list(range(5)))
-    assert image[:, :4].tolist() == [
+    image, _ = Features(files, dataset.aligned)(list(range(70)))
+    assert image[:, :4].tolist() == 14 * [
         [48, 88, 3, 0], [48, 80, 3, 40], [88, 48, 3, 80], [64, 64, 3, 120], [64, 64, 3, 128]]
     dataset.keys = [key._replace(shape=(64, 64)) for key in dataset.keys]
     as_squares = teacher_features(dataset, folder / "teacher", folder, 5, CPU)
