@@ -7,6 +7,7 @@ wrong shape.
 
 Run alone to list the tensors of a checkpoint:   python checkpoint.py PATH [PREFIX]
 """
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -120,8 +121,13 @@ def make_config(kind, values: Mapping, origin: str):
 
 # ---------------------------------------------------------------- reading
 
-def _concatenate(*tensors: Tensor) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+def concatenate(*tensors: Tensor) -> Tensor:
+    """Join tensors along their first dimension."""
+    if len(tensors) == 1 or not tensors[0].is_meta:
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    # By hand: on the meta device torch.cat imports torch's compiler first, which takes a second.
+    [rest] = {tensor.shape[1:] for tensor in tensors}           # ValueError if they do not fit
+    return torch.empty(sum(map(len, tensors)), *rest, device="meta")
 
 
 def read_json(text: bytes | str, origin: str) -> dict:
@@ -237,6 +243,11 @@ def _is_index(file: Path) -> bool:
     return ".safetensors." in file.name and ".index." in file.name and file.suffix == ".json"
 
 
+# Values that are read at a time. From 32,768 on torch divides an operation among threads, which
+# costs more than it saves here: `load` has threads of its own.
+_CHUNK = 32_512
+
+
 class _Entry(typing.NamedTuple):
     """Where the values of a tensor are. Nothing stays open or mapped, so files can be replaced."""
     file: Path
@@ -246,20 +257,48 @@ class _Entry(typing.NamedTuple):
     size: int                                                    # in bytes
     scale: "_Entry | None" = None                                # factor of scaled fp8 weights
 
-    def read(self) -> Tensor:
-        if self.dtype not in _TYPES:
-            raise ValueError(f"{self.file}: a tensor of type {self.dtype}, which is not supported: "
-                             "get the weights in float16, bfloat16 or fp8")
-        tensor = torch.empty(self.shape, dtype=_TYPES[self.dtype], device="cpu")
+    def fill(self, target: Tensor) -> float:
+        """Read the values into `target` of the same size, of any type, on any device.
+
+        Returns their sum, which is finite only if all of them are.
+        """
+        # Plain reads, chunk by chunk through a small buffer. A mapped file would save one copy out
+        # of the page cache, but could not be replaced meanwhile, and would count as memory in use.
+        # The buffer stays in the processor's cache, so conversion and sum cost little, and no
+        # tensor is in memory twice.
+        flat = target.view(-1)                                   # (n,)
+        buffer = torch.empty(min(len(flat), _CHUNK), dtype=_type_of(self), device="cpu")
+        memory = memoryview(buffer.view(torch.uint8).numpy())
+        factors = None
+        if self.scale is not None:                               # one factor, or one for each row
+            factors = torch.empty(self.scale.shape, device="cpu")
+            self.scale.fill(factors)
+            factors = factors.view(-1)                           # (1,) or (rows,)
+        total, row = 0.0, len(flat) // max(1, self.shape[0]) if self.shape else 1
         with open(self.file, "rb") as file:
             file.seek(self.start)
-            count = file.readinto(tensor.reshape(-1).view(torch.uint8).numpy())
-        if count != self.size:
-            raise ValueError(f"{self.file}: became shorter while it was read")
-        if self.scale is None:
-            return tensor
-        scale = self.scale.read().float()                        # one factor, or one for each row
-        return tensor.float() * scale.reshape(-1, *[1] * (tensor.ndim - 1))
+            for start in range(0, len(flat), _CHUNK):
+                place = flat[start:start + _CHUNK]               # (c,)
+                values = buffer[:len(place)]                     # (c,)
+                if file.readinto(memory[:values.nbytes]) != values.nbytes:
+                    raise ValueError(f"{self.file}: became shorter while it was read")
+                # By way of float32, as torch's conversion of float16 to bfloat16 is slow.
+                if values.dtype.itemsize <= 2 and values.is_floating_point():
+                    values = values.float()
+                if factors is not None:
+                    index = torch.arange(start, start + len(place)) // row
+                    values = values * (factors[index] if len(factors) > 1 else factors)
+                total += values.sum().item()
+                # The type first: Apple's GPUs have neither float64 nor fp8.
+                place.copy_(values if place.is_cpu else values.to(place.dtype))
+        return total
+
+
+def _type_of(entry: _Entry) -> torch.dtype:
+    if entry.dtype not in _TYPES:
+        raise ValueError(f"{entry.file}: a tensor of type {entry.dtype}, which is not supported: "
+                         "get the weights in float16, bfloat16 or fp8")
+    return _TYPES[entry.dtype]
 
 
 def _read_header(file: Path) -> tuple[dict[str, str], dict[str, _Entry]]:
@@ -335,7 +374,7 @@ class Source(typing.NamedTuple):
     combine: makes one tensor of them; by default it concatenates them along dim 0
     """
     names: tuple[str, ...]
-    combine: Callable[..., Tensor] = _concatenate
+    combine: Callable[..., Tensor] = concatenate
 
 
 class Checkpoint:
@@ -493,8 +532,36 @@ class Checkpoint:
         """Read one tensor and convert it to `dtype`; the meta device reads only the shape."""
         if str(device) == "meta":
             return torch.empty(self.shape(name), dtype=dtype, device="meta")
-        # The type first: Apple's GPUs have neither float64 nor fp8.
-        return self._entry(name).read().to(dtype).to(device)
+        tensor = torch.empty(self.shape(name), dtype=dtype, device=device)
+        self._entry(name).fill(tensor)
+        return tensor
+
+    def fill(self, target: Tensor, name: str) -> float:
+        """Read one tensor into `target` of the same size; see `_Entry.fill`."""
+        return self._entry(name).fill(target)
+
+    def fill_float8(self, target: Tensor, factors: Tensor, name: str) -> float:
+        """Read a matrix into `target`, e4m3 (rows, columns), and the `factors` (rows,) of its rows.
+
+        e4m3 stays as it is stored. Other weights are divided by factors with which the largest
+        value of each row is the largest of e4m3. Returns what is finite only if all values are.
+        """
+        entry = self._entry(name)
+        if entry.dtype == "F8_E4M3":
+            factors.fill_(1)
+            if entry.scale is not None:
+                scale = torch.empty(entry.scale.shape)           # one factor, or one for each row
+                entry.scale.fill(scale)
+                factors.copy_(scale.view(-1).expand(len(factors)))
+            return entry._replace(scale=None).fill(target) + factors.sum().item()
+        matrix = torch.empty(entry.shape)                        # (rows, columns), on the CPU
+        total = entry.fill(matrix)
+        low, high = matrix.aminmax(dim=1)                        # (rows,) each
+        largest = torch.maximum(-low, high)
+        scale = (largest / torch.finfo(target.dtype).max).clamp_min(torch.finfo(torch.float32).tiny)
+        factors.copy_(scale)
+        target.copy_(matrix.div_(scale[:, None]).to(target.dtype))
+        return total
 
     def count(self, pattern: str) -> int:
         """Count the blocks of a stack: pattern.format(0), pattern.format(1), ... begin names."""
@@ -529,6 +596,8 @@ def load(module: nn.Module, checkpoint: Checkpoint, sources: Mapping[str, Source
     """Fill every parameter and buffer of `module`, built on the meta device, from `checkpoint`.
 
     sources:    own name -> Source
+    dtype:      of all tensors, except for weights that the module has in fp8 (e4m3). These stay
+                so, and the module has the factors of their rows, float32, as "scale" beside them.
     initialise: initialise(name, tensor) fills each tensor of the module that has no source
     ignored:    prefixes of further names that may be in the file
     Raises ValueError listing all tensors that are missing, superfluous or wrongly shaped, before
@@ -536,12 +605,14 @@ def load(module: nn.Module, checkpoint: Checkpoint, sources: Mapping[str, Source
     a tensor that is not finite.
     """
     own, used, problems = module.state_dict(), set(), []
+    scales = {name: f"{name.removesuffix('weight')}scale" for name, target in own.items()
+              if target.dtype == torch.float8_e4m3fn}
     for name, target in own.items():
         if name in sources:
             used.update(sources[name].names)
             if misfit := _misfit(name, target, sources[name], checkpoint):
                 problems.append(misfit)
-        elif initialise is None:
+        elif initialise is None and name not in scales.values():
             problems.append(f"missing: nothing in the file for {name} {tuple(target.shape)}")
     for name in checkpoint.names():
         if name not in used and not name.startswith((*UNUSED, *ignored)):
@@ -555,21 +626,42 @@ def load(module: nn.Module, checkpoint: Checkpoint, sources: Mapping[str, Source
         raise ValueError(f"{checkpoint.path}: does not fit {type(module).__name__}:\n  "
                          + "\n  ".join(shown))
 
-    tensors = {}
-    for name, target in own.items():
-        if name in sources:
-            names, combine = sources[name]
-            # Sums and products are formed in float32 and rounded once.
-            read_dtype = dtype if combine is _concatenate else torch.float32
-            parts = [checkpoint.read(n, read_dtype, device) for n in names]
-            tensor = tensors[name] = combine(*parts).to(dtype).contiguous()
-            # A sum is finite only if all terms are, and needs no memory.
-            if not tensor.is_meta and not tensor.sum(dtype=torch.float32).isfinite():
-                raise ValueError(f"{checkpoint.path}: {' or '.join(names)} holds NaN or infinity: "
-                                 "download or write it again")
-        else:
-            tensors[name] = torch.empty(target.shape, dtype=dtype, device=device)
-            initialise(name, tensors[name])
+    def read(name: str) -> dict[str, Tensor]:
+        names, combine = sources[name]
+        shapes = [checkpoint.shape(n) for n in names]
+        result = {}
+        if name in scales:
+            result = {n: torch.empty_like(own[n], device=device) for n in (name, scales[name])}
+            rows = [shape[0] for shape in shapes]
+            weights, factors = (tensor.split(rows) for tensor in result.values())
+            sums = [checkpoint.fill_float8(*part) for part in zip(weights, factors, names)]
+        elif combine is concatenate:         # straight to its place, without a second copy
+            result = {name: torch.empty(own[name].shape, dtype=dtype, device=device)}
+            parts = result[name].view(-1).split([math.prod(shape) for shape in shapes])
+            sums = [checkpoint.fill(part, n) for part, n in zip(parts, names)]
+        else:                               # sums and products in float32, rounded once
+            parts = [torch.empty(shape, device=device) for shape in shapes]
+            sums = [checkpoint.fill(part, n) for part, n in zip(parts, names)]
+            result = {name: combine(*parts).to(dtype).contiguous()}
+        if not all(map(math.isfinite, sums)):
+            raise ValueError(f"{checkpoint.path}: {' or '.join(names)} holds NaN or infinity: "
+                             "download or write it again")
+        return result
+
+    in_file = [name for name in own if name in sources]
+    as_they_are = {*scales, *scales.values()}
+    if torch.device(device).type == "meta":
+        tensors = {name: target if name in as_they_are else target.to(dtype)
+                   for name, target in own.items()}
+    else:
+        # Two threads: one reads while the other converts, or waits for memory.
+        with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            read_tensors = list(threads.map(read, in_file))
+        tensors = {name: tensor for part in read_tensors for name, tensor in part.items()}
+        for name, target in own.items():
+            if name not in tensors:
+                tensors[name] = torch.empty(target.shape, dtype=dtype, device=device)
+                initialise(name, tensors[name])
     module.load_state_dict(tensors, strict=True, assign=True)
     return module
 

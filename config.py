@@ -28,6 +28,7 @@ from vae import VAEConfig
 # ---------------------------------------------------------------- options
 
 ORDERS = ("confidence", "left", "ancestral")                    # of revealing the tokens of a text
+SOLVERS = ("euler", "ab2")                                      # of the flow that draws an image
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class SampleSettings:
     padding_id: int = option(
         1, "token that pads a text: 1 (</s>) for dual checkpoints, 0 for plain SD3",
         least=0, most=1)
-    steps: int = option(28, "Euler steps per image", least=1)
+    steps: int = option(28, "steps per image", least=1)
     guidance: float = option(
         7.0, "weight of the prompt; 1: none, and half the work", least=0, below=math.inf)
     image_guidance: float = option(
@@ -69,11 +70,22 @@ class SampleSettings:
         0, "tokens of a block of text: the left block is filled in first; 0: one block", least=0)
     end_last: bool = option(
         False, "by confidence, reveal the end of a text after all its words")
+    solver: str = option(
+        "euler", "of the flow: euler, as released, or ab2, of second order at no more passes, so "
+        "that fewer steps do")
+    guidance_interval: tuple[float, float] = option(
+        (0.0, 1.0), "lowest and highest sigma with guidance; the steps outside are half the work")
 
     def __post_init__(self):
         if self.order not in ("", *ORDERS):
             raise ValueError(f"sampling.order {self.order}: expected {', '.join(ORDERS)} or "
                              "nothing")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"sampling.solver {self.solver}: expected {' or '.join(SOLVERS)}")
+        interval = self.guidance_interval
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(f"sampling.guidance_interval {interval}: expected two numbers from 0 "
+                             "to 1, the lower one first")
         if "{question}" not in self.question_template:
             raise ValueError(f"sampling.question_template {self.question_template!r}: expected "
                              "{question} in it, the place of the question")
@@ -111,6 +123,8 @@ class TrainConfig:
     init: str = option(
         "", "start from this MM-DiT checkpoint (SD3, UniAlignment or own), or from the folder of a "
         "run, which also brings its frozen parts and its shapes world; empty: random weights")
+    init_blocks: int = option(
+        1, "take every N-th block of --init alone, from the first to the last; 1: all", least=1)
     vae_path: str = option("", "autoencoder checkpoint; empty: train one on shapes")
     t5_path: str = option("", "T5 encoder checkpoint; empty: a random one, frozen")
     tokenizer_path: str = option("", "sentencepiece model; empty: train one on the data's texts")
@@ -181,6 +195,13 @@ class TrainConfig:
         "them; auto: true above 200000 pairs")
     log_every: int = option(20, "steps per line of metrics.jsonl", least=1)
     save_every: int = option(1000, "steps per checkpoint; only the newest is kept", least=1)
+    sample_every: int = option(
+        1000, "steps between two samplings of the averaged weights, into samples-*.png and "
+        "progress.png; 0: none. Their time is not in the seconds of metrics.jsonl", least=0)
+    sample_prompts: str = option(
+        "", "what to sample: JSONL records as of --data (prompts, edits, pictures to caption or "
+        "ask about), or any other file with one prompt a line; empty: held-out records of the "
+        "shapes world, else the first records of the data")
     new_data: bool = option(False, "with --resume: go on though the data has changed")
     keep: tuple[int, ...] = option(
         (), "steps whose averaged weights are kept for good, as kept-*.safetensors")
@@ -214,10 +235,18 @@ PRESETS = {
     "tiny": TINY,
     "mini": replace(
         TINY, out="runs/mini", train_scenes=1200, test_scenes=12, vae_steps=300, teacher_steps=30,
-        steps=300, save_every=100),
+        steps=300, save_every=100, sample_every=100),
     "sd3": TrainConfig(
         gradient_checkpointing=True, sampling=DUAL,
         model=MMDiTConfig(align_dims=(2048, 3584), align_silu=False)),
+    # for one to eight cards of 24 GB: 256 pixels, a global batch of 256
+    "small": TrainConfig(
+        out="runs/small", sampling=replace(DUAL, image_size=256, text_length=128),
+        model=MMDiTConfig(                  # text_dim becomes that of --t5_path
+            width=768, depth=12, num_heads=12, text_dim=0, position_table=64, text_positions=128,
+            align_dims=(2048, 3584), align_silu=False, qk_norm=True, number_references=True),
+        text_encoder=T5Config(dim=768, ff_dim=2048, depth=12, num_heads=12),    # for --estimate
+        batch_size=16, accumulation=16, lr=1e-4, align_depth=4, steps=100_000),
 }
 
 
@@ -253,6 +282,7 @@ class RunFiles:
         self.teacher = run / "teacher"
         self.scores = run / "scores.json"                       # of the shapes world
         self.report = run / "report.html"
+        self.progress = run / "progress.png"                    # all samplings of the training
 
     def checkpoint(self, step: int) -> Path:
         """The folder of a checkpoint: model, ema and optimizer as safetensors."""
@@ -284,7 +314,18 @@ class RunFiles:
         return self.folder / (f"samples_{name}.png" if name else "samples.png")
 
     def all_samples(self) -> list[Path]:
-        return sorted(self.folder.glob("samples*.png"))
+        """The sheets of the finished model."""
+        return sorted([*self.folder.glob("samples.png"), *self.folder.glob("samples_*.png")])
+
+    def samples_at(self, step: int) -> Path:
+        """What the averaged weights of a step drew and wrote, one row."""
+        return self.folder / f"samples-{step:08d}.png"
+
+    def sampled_until(self, step: int) -> list[Path]:
+        """The samples of all steps up to this one, oldest first."""
+        files = self.folder.glob("samples-*.png")
+        numbers = sorted(int(f.stem[8:]) for f in files if re.fullmatch("[0-9]{8,}", f.stem[8:]))
+        return [self.samples_at(number) for number in numbers if number <= step]
 
 
 def run_of(weights: Path) -> Path | None:
@@ -360,7 +401,8 @@ def find_release(model: Path, text_encoder: Path | None = None) -> Release:
 
 
 # fields that hold paths, `data` perhaps several
-PATHS = ("data", "init", "vae_path", "t5_path", "tokenizer_path", "teacher_path", "mask_token")
+PATHS = ("data", "init", "vae_path", "t5_path", "tokenizer_path", "teacher_path", "mask_token",
+         "sample_prompts")
 
 
 def _map_paths(config: TrainConfig, change: typing.Callable[[str], str]) -> TrainConfig:
@@ -414,9 +456,18 @@ def _parse_integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part)
 
 
+def _parse_pair(text: str) -> tuple[float, float]:
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected two numbers: 0.2,0.9") from error
+    return low, high
+
+
 # type of a field -> how its text is parsed, and the placeholder in the help
 _PARSERS = {
     bool: (_parse_bool, "true|false"), tuple[int, ...]: (_parse_integers, "N,N"),
+    tuple[float, float]: (_parse_pair, "N,N"),
     int: (int, "N"), float: (float, "N"), str: (str, "TEXT"),
 }
 
@@ -448,7 +499,8 @@ def _override(default, values: dict[str, object], prefix: str = ""):
 
 
 # options that may change when a run is resumed
-RESUMABLE = ("steps", "batch_size", "accumulation", "workers", "max_skipped", "new_data")
+RESUMABLE = ("steps", "batch_size", "accumulation", "workers", "max_skipped", "sample_every",
+             "sample_prompts", "new_data")
 
 
 MASK_TOKEN_ADVICE = (
@@ -525,11 +577,13 @@ def _check_effect(config: TrainConfig, given: typing.Collection[str]) -> None:
                              "its own configuration; remove one of them")
     needs = {                               # option -> whether it has an effect, and the reason
         "muon_every": (config.muon_lr, "--muon_lr 0: AdamW trains everything"),
+        "init_blocks": (config.init, "random weights; --init is missing"),
         "cross_temperature": (config.cross_weight, "--cross_weight 0"),
         "cross_unseen": (config.cross_weight, "--cross_weight 0"),
         "align_depth": (config.intrinsic_weight, "--intrinsic_weight 0"),
         "teacher_online": (config.intrinsic_weight, "--intrinsic_weight 0"),
         "mask_token": (config.t5_path or config.init, "a random T5; name one with --t5_path"),
+        "sample_prompts": (config.sample_every, "--sample_every 0"),
         "new_data": (False, "a new run; --resume is missing"),
         "model.vocab_size": (config.init, "the tokenizer, which specifies it"),
         "text_encoder.vocab_size": (False, "the tokenizer, which specifies it"),
@@ -586,9 +640,11 @@ def _check_folder(out: str) -> None:
                          "use or overwrite it; choose another --out")
 
 
-def parse_arguments(argv: list[str] | None = None, description: str = "") -> TrainConfig:
+def parse_arguments(argv: list[str] | None = None, description: str = "",
+                    for_run: bool = True) -> TrainConfig:
     """Read the command line: a preset with changes, or with --resume the configuration of the run.
 
+    for_run: False for an estimate, which needs neither data nor a free folder.
     Ends the process with status 2 and one line for anything that is wrong.
     """
     choice = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -626,10 +682,12 @@ def parse_arguments(argv: list[str] | None = None, description: str = "") -> Tra
             _check_values(config)
             return config
         _check_values(config)
-        _check_folder(config.out)
+        if for_run:
+            _check_folder(config.out)
         _check_effect(config, given)
         config = _inherit(config, given)
-        _check_sources(config)
+        if for_run:
+            _check_sources(config)
     except ValueError as error:
         p.error(str(error))
     return config

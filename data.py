@@ -232,12 +232,20 @@ class Batch(NamedTuple):
     records: tuple[str, ...] = ()   # (B) where each example is from: file and line
     skipped: tuple[tuple[str, str], ...] = ()   # (file and line, reason) of replaced examples
 
-    def to(self, device: torch.device) -> "Batch":
-        def move(x):
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        def apply(x):
             if isinstance(x, tuple):
-                return tuple(move(part) for part in x)
-            return x.to(device) if isinstance(x, Tensor) else x
-        return Batch(*(move(x) for x in self))
+                return tuple(apply(part) for part in x)
+            return change(x) if isinstance(x, Tensor) else x
+        return Batch(*(apply(x) for x in self))
+
+    def to(self, device: torch.device) -> "Batch":
+        """Move to a device; from pinned memory, the caller does not wait for it."""
+        return self._map(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Copy to pinned memory, from which a GPU reads by itself. The loader calls it."""
+        return self._map(Tensor.pin_memory)
 
 
 class BatchKey(NamedTuple):

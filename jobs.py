@@ -6,6 +6,7 @@ the same bytes as one that was not.
 """
 import itertools
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from checkpoint import read_json, write_atomically
 from data import load_image, load_picture, to_images, to_pictures
+from embeddings import Texts
 from records import find_file, origin_of, read_lines
 
 
@@ -77,6 +79,10 @@ def _settings(pipeline, job: Job, steps: int | None) -> dict:
         used["image_guidance"] = s.image_guidance
     if s.negative_prompt:
         used["negative"] = s.negative_prompt
+    if s.solver != "euler":
+        used["solver"] = s.solver
+    if s.guidance_interval != (0, 1):
+        used["guidance_interval"] = s.guidance_interval
     return used
 
 
@@ -120,11 +126,21 @@ def _load_sources(jobs: list[Job], size: tuple[int, int], squash: bool,
     return usable, [torch.stack(images) for images in zip(*rows)]
 
 
+def _encode(pipeline, jobs: Sequence[Job]) -> Texts:
+    return pipeline.encode_prompts([job.prompt for job in jobs], None, len(jobs[0].sources))
+
+
+ENCODED = 512       # prompts that are encoded before the first is drawn; 2 MB each at full size
+
+
 def draw_missing(pipeline, jobs: Sequence[Job], batch: int = 8, rank: int = 0, world: int = 1,
                  steps: int | None = None, size: tuple[int, int] | None = None,
                  squash: bool = False, progress: bool = True,
                  rename: Callable[[Path], Path] | None = None) -> Iterator[Job]:
     """Draw the jobs whose files are missing or no whole pictures; yield each when it is written.
+
+    Hundreds of prompts are encoded before the first picture, so that T5 and the transformer need
+    not be in memory together.
 
     pipeline: a `sample.Pipeline`. batch: pictures at a time. rank, world: batch k belongs to rank
     k % world. size: (H, W) in pixels; None: the model's. Sources keep their shape by a centre crop,
@@ -140,18 +156,26 @@ def draw_missing(pipeline, jobs: Sequence[Job], batch: int = 8, rank: int = 0, w
     missing = {jobs[i].path for i in wanted}
     renamed: dict[Path, Path] = {}
     mine = [b for b in _batches(jobs, batch)[rank::world] if any(j.path in missing for j in b)]
+    ahead = max(1, ENCODED // batch)
     bar = tqdm(total=sum(len(b) for b in mine), desc="pictures", unit="picture",
                disable=not progress or len(mine) < 2)
     with bar:
-        for group in mine:
+        for number, group in enumerate(mine):
+            if number % ahead == 0:
+                encoded = deque(_encode(pipeline, alike) for alike in mine[number:number + ahead])
+                if number + ahead >= len(mine):
+                    pipeline.release("text_encoder")            # was needed for the last time
+            texts = encoded.popleft()
+            text_of = {job.path: text for job, text in zip(group, texts.prompts)}
             group = [job._replace(sources=tuple(renamed.get(f, f) for f in job.sources))
                      for job in group]
             group, sources = _load_sources(group, size, squash, unreadable)
             if not group:
                 continue
+            texts = texts._replace(prompts=[text_of[job.path] for job in group])
             images = pipeline.edit(
                 [job.prompt for job in group], sources, [job.seed for job in group], steps,
-                group[0].guidance, progress, size)                                  # (B, 3, H, W)
+                group[0].guidance, progress, size, texts=texts)                     # (B, 3, H, W)
             if not images.isfinite().all():
                 raise ValueError(f"{pipeline.name}: draws values that are no numbers; the weights "
                                  "are damaged or the guidance is too high")

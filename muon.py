@@ -37,7 +37,11 @@ class Muon(torch.optim.Optimizer):
     every: N. Update every N steps, with N times the step size. A matrix counts only the steps in
            which it has a gradient. Momentum changes little between two steps, and making it
            orthogonal costs a small model as much time as its forward pass.
+    found_inf, as of torch's fused optimizers: a tensor that is 1 where a gradient is not finite, to
+    be set before a step. The weights then stay. Momentum is lost, and its NaN never reaches them.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(self, parameters: list[Tensor], lr: float, momentum: float = 0.95, every: int = 1):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "every": every})
@@ -56,7 +60,7 @@ class Muon(torch.optim.Optimizer):
                     same_shape.setdefault(p.shape, []).append(p)
             for matrices in same_shape.values():
                 self._accumulate(matrices, group["momentum"])
-                due = [p for p in matrices if self.state[p]["steps"] % group["every"] == 0]
+                due = [p for p in matrices if self.state[p]["step"] % group["every"] == 0]
                 if due:
                     self._update(due, group)
 
@@ -64,8 +68,9 @@ class Muon(torch.optim.Optimizer):
         """Count the step and update the momentum of each matrix."""
         for p in matrices:
             if not self.state[p]:
-                self.state[p].update(momentum_buffer=torch.zeros_like(p), steps=torch.zeros(()))
-            self.state[p]["steps"] += 1
+                # torch keeps a state of this name in host memory, where it can be read at once
+                self.state[p].update(momentum_buffer=torch.zeros_like(p), step=torch.zeros(()))
+            self.state[p]["step"] += 1
         buffers = [self.state[p]["momentum_buffer"] for p in matrices]
         torch._foreach_lerp_(buffers, [p.grad for p in matrices], 1 - momentum)
 
@@ -75,6 +80,8 @@ class Muon(torch.optim.Optimizer):
         nesterov = torch._foreach_lerp([p.grad for p in matrices], buffers, group["momentum"])
         updates = orthogonalise(torch.stack(nesterov)).float()   # (n, rows, columns)
         rows, columns = matrices[0].shape
+        if self.found_inf is not None:
+            updates = updates.nan_to_num(nan=0.0) * (1 - self.found_inf)
         scale = group["every"] * group["lr"] * max(1.0, rows / columns) ** 0.5
         torch._foreach_add_(matrices, list(updates.unbind()), alpha=-scale)
 

@@ -40,6 +40,38 @@ class Ranks(NamedTuple):
             dist.all_gather_object(objects, x)
         return objects
 
+    def any(self, flag: bool) -> bool:
+        """Whether a flag is set on one of the ranks. In host memory: no GPU is waited for."""
+        if self.world == 1:
+            return flag
+        count = torch.tensor(float(flag))
+        dist.all_reduce(count)
+        return count.item() > 0
+
+    def send(self, tensors: list[tuple[Tensor, int]]) -> None:
+        """Copy each tensor from the rank that is named beside it to all others, in place."""
+        sent = [dist.broadcast(x, owner, async_op=True) for x, owner in tensors]
+        for work in sent:
+            work.wait()
+
+    def unite(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of all ranks, each with a name of its own: in the first one's host memory.
+
+        One after another, so that a GPU holds one at a time. Other ranks get an empty dictionary.
+        """
+        if self.world == 1:
+            return tensors
+        united, mine = {}, {n: (x.shape, x.dtype, x.device.type) for n, x in tensors.items()}
+        for owner, theirs in enumerate(self.gather(mine)):
+            for name, (shape, dtype, device) in theirs.items():
+                x = torch.empty(shape, dtype=dtype, device=device)
+                if owner == self.rank:
+                    x.copy_(tensors[name])
+                dist.broadcast(x, owner)
+                if self.first:
+                    united[name] = x.cpu()
+        return united
+
     def wait(self, event: str) -> None:
         """Wait until all ranks are here, for as long as it takes: a collective would time out."""
         if self.store is None:
@@ -51,7 +83,7 @@ class Ranks(NamedTuple):
 
 
 def start_ranks() -> Ranks:
-    """Join torchrun's processes, if there are any: NCCL on GPUs, gloo on CPUs."""
+    """Join torchrun's processes, if there are any: NCCL between GPUs, gloo between CPUs."""
     cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
         return Ranks(0, 1, torch.device("cuda" if cuda else "cpu"))
@@ -63,7 +95,9 @@ def start_ranks() -> Ranks:
     if cuda:
         torch.cuda.set_device(device)
     store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
-    dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("training", store),
+    # each tensor goes by its device: flags and objects in host memory do not wait for the GPU
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore("training", store),
                             rank=rank, world_size=world, timeout=timedelta(minutes=10))
     return Ranks(rank, world, device, dist.PrefixStore("ranks", store))
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from buckets import Buckets, Shape, bucket_shapes, read_aspects
@@ -196,9 +196,13 @@ class Frozen(NamedTuple):
     vae: VAE
 
 
-def frozen_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The type of frozen weights: bfloat16 on a GPU, to save memory."""
-    half = device.type == "cuda" and config.autocast
+def t5_dtype(config: TrainConfig, path: Path, device: torch.device) -> torch.dtype:
+    """The type of T5's weights: bfloat16 beside autocast, which would round them in every pass.
+
+    A small T5 on a CPU stays float32, so that its residual stream is not rounded either.
+    """
+    is_large = T5Encoder.from_pretrained(path, device="meta").config.dim >= 512     # all released
+    half = config.autocast and (device.type == "cuda" or is_large)
     return torch.bfloat16 if half else torch.float32
 
 
@@ -207,19 +211,37 @@ def load_frozen(config: TrainConfig, parts: Parts, device: torch.device) -> Froz
     tokenizer = T5Tokenizer(parts.tokenizer, padding_id=config.sampling.padding_id)
     text_encoder = T5Encoder.from_pretrained(
         parts.text_encoder, mask_token=config.mask_token or None,
-        dtype=frozen_dtype(config, device), device=device)
+        dtype=t5_dtype(config, parts.text_encoder, device), device=device)
     vae = VAE.from_pretrained(parts.vae, device=device)
     return Frozen(tokenizer, text_encoder.eval().requires_grad_(False),
                   vae.eval().requires_grad_(False))
 
 
+def every_nth_block(model: MMDiT, n: int) -> MMDiT:
+    """Thin a model out to every n-th of its blocks, evenly spaced from the first to the last."""
+    count = max(1, model.config.depth // n)
+    kept = torch.linspace(0, model.config.depth - 1, count).round().int().tolist()
+    model.blocks = nn.ModuleList(model.blocks[i] for i in kept)
+    model.config = replace(model.config, depth=count)
+    return model
+
+
 def load_models(config: TrainConfig, vocab_size: int, resumed: Path | None,
-                device: torch.device) -> tuple[MMDiT, MMDiT]:
-    """Load the model and its average: from the run's checkpoint, from --init, or fresh."""
+                device: torch.device, first: bool = True,
+                text_dim: int = 0) -> tuple[MMDiT, MMDiT | None]:
+    """Load the model and its average: from the run's checkpoint, from --init, or fresh.
+
+    vocab_size, text_dim: of the tokenizer and of T5, for a fresh model.
+    first: whether this is the first rank. Others get a model without values, which
+    DistributedDataParallel sends to them, and no average. So one rank at most has a copy in host
+    memory: of fresh weights, as those of a file go straight to the device.
+    """
     torch.manual_seed(config.seed)          # SD3 leaves tensors to initialize, too
+    place, average = device if first else torch.device("meta"), None
     if resumed:
-        model = MMDiT.from_pretrained(resumed / "model.safetensors")
-        average = MMDiT.from_pretrained(resumed / "ema.safetensors")
+        model = MMDiT.from_pretrained(resumed / "model.safetensors", device=place)
+        if first:
+            average = MMDiT.from_pretrained(resumed / "ema.safetensors", device=place)
     elif config.init:
         path = RunFiles(config.init).averaged_weights() or config.init
         has_heads = MMDiT.from_pretrained(path, device="meta").config.align_dims
@@ -227,13 +249,18 @@ def load_models(config: TrainConfig, vocab_size: int, resumed: Path | None,
         if config.intrinsic_weight and not has_heads:           # as in SD3
             fresh_heads = {"align_dims": config.model.align_dims,
                            "align_silu": config.model.align_silu}
-        model = MMDiT.from_pretrained(path, **fresh_heads)
-        average = copy.deepcopy(model)
+        model = MMDiT.from_pretrained(path, device=place, **fresh_heads)
+        model = every_nth_block(model, config.init_blocks)
     else:
-        model = MMDiT(replace(config.model, vocab_size=vocab_size))
-        average = copy.deepcopy(model)
+        sizes = replace(config.model, vocab_size=vocab_size,
+                        text_dim=config.model.text_dim or text_dim)
+        with contextlib.nullcontext() if first else place:
+            model = MMDiT(sizes)
+    model = model.to(device) if first else model.to_empty(device=device)
     model.gradient_checkpointing = config.gradient_checkpointing
-    return model.to(device), average.to(device).requires_grad_(False)
+    if first:
+        average = (average or copy.deepcopy(model)).requires_grad_(False)
+    return model, average
 
 
 def check_parts(config: TrainConfig, model: MMDiT, frozen: Frozen) -> None:
@@ -320,6 +347,15 @@ def load_or_blank(path: Path, shape: Shape, unreadable: dict[Path, str]) -> Tens
         return torch.zeros(3, *shape)
 
 
+CHUNK = 4 * 512 * 512                       # pixels that the autoencoder encodes at once
+
+
+def encode_in_chunks(vae: VAE, images: Tensor, **how) -> Tensor:
+    """`VAE.encode`, a few images at a time: its first layers have 128 channels of each pixel."""
+    count = max(1, CHUNK // images[0, 0].numel())
+    return torch.cat([vae.encode(part, **how).float() for part in images.split(count)])
+
+
 @torch.no_grad()
 def encode_all(dataset: Tasks, vae: VAE, device: torch.device, autocast: bool) -> Tensor:
     """Encode every picture of a dataset to its mean latents, (n, C, h, w) float32 on the CPU.
@@ -332,7 +368,7 @@ def encode_all(dataset: Tasks, vae: VAE, device: torch.device, autocast: bool) -
         for start in tqdm(starts, desc="encoding pictures", unit="batch", leave=False):
             images = torch.stack([load_or_blank(path, square, dataset.unreadable)
                                   for path in dataset.paths[start:start + 64]])
-            latents.append(vae.encode(images.to(device)).float().cpu())             # (b, C, h, w)
+            latents.append(encode_in_chunks(vae, images.to(device)).cpu())          # (b, C, h, w)
     return torch.cat(latents)
 
 
@@ -418,21 +454,28 @@ def features_folder(config: TrainConfig, parts: Parts) -> Path:
 
 # ---------------------------------------------------------------- checkpoints
 
+def optimizer_state(optimizers: list) -> dict[str, Tensor]:
+    """The state of this rank's parameters, as OPTIMIZER.PARAMETER.NAME."""
+    state = {}
+    for k, optimizer in enumerate(optimizers):
+        for i, entry in optimizer.state_dict()["state"].items():
+            state |= {f"{k}.{i}.{name}": value for name, value in entry.items()}
+    return state
+
+
 def save_checkpoint(run: Path, step: int, seconds: float, model: MMDiT, average: MMDiT,
-                    optimizers: list, metrics: dict[str, Tensor], **origin: object) -> None:
+                    state: dict[str, Tensor], metrics: dict[str, Tensor],
+                    **origin: object) -> None:
     """Write checkpoint-<step> under a temporary name, rename it, then remove the one before.
 
     So a kill at any moment leaves one whole checkpoint, and a full disk nothing temporary.
-    origin: what `check_resume` compares.
+    state: `optimizer_state` of all ranks. origin: what `check_resume` compares.
     """
     files = RunFiles(run)
     target, temporary = files.checkpoint(step), run / ".checkpoint.tmp"
     if target.exists():
         return
-    state = {f"metrics.{name}": value for name, value in metrics.items()}
-    for k, optimizer in enumerate(optimizers):
-        for i, entry in optimizer.state_dict()["state"].items():
-            state |= {f"{k}.{i}.{name}": value for name, value in entry.items()}
+    state = state | {f"metrics.{name}": value for name, value in metrics.items()}
     metadata = {"step": step, "seconds": seconds} | origin
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -483,9 +526,13 @@ class Progress(NamedTuple):
     metrics: dict[str, Tensor] = {}         # sums of an unfinished line of metrics.jsonl
 
 
-def load_optimizers(optimizers: list, folder: Path) -> Progress:
-    """Restore the optimizers from a checkpoint and return where it was."""
+def load_optimizers(optimizers: list, folder: Path, owned: set[Tensor] | None = None) -> Progress:
+    """Restore the optimizers from a checkpoint and return where it was.
+
+    owned: read the state of these parameters alone; None: of all.
+    """
     file = Checkpoint(folder / "optimizer.safetensors")
+    parameters = [sum((group["params"] for group in o.param_groups), []) for o in optimizers]
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     metrics = {}
     for name in file.names():
@@ -493,7 +540,9 @@ def load_optimizers(optimizers: list, folder: Path) -> Progress:
             metrics[name.removeprefix("metrics.")] = file.read(name)
         else:
             k, i, key = name.split(".")
-            states[int(k)].setdefault(int(i), {})[key] = file.read(name)
+            key = "step" if key == "steps" else key             # of Muon, in older checkpoints
+            if owned is None or parameters[int(k)][int(i)] in owned:
+                states[int(k)].setdefault(int(i), {})[key] = file.read(name)
     for optimizer, state in zip(optimizers, states):
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -25,12 +25,14 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,12 +40,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import check_ranges, note
-from config import (DUAL, MASK_TOKEN_ADVICE, ORDERS, SD3, RunFiles, SampleSettings, find_release,
-                    parts_of, read_config, run_of)
+from config import (DUAL, MASK_TOKEN_ADVICE, ORDERS, SD3, SOLVERS, RunFiles, SampleSettings,
+                    find_release, parts_of, read_config, run_of)
 from data import load_image, prompt_length, text_lengths
+from embeddings import Embeddings, Request, Texts, save_embeddings
 from jobs import Job, draw_missing, read_edits
 from model import MMDiT, kind_of_checkpoint
 from records import find_file
+from staging import Loaded, Part, free_memory, total_memory
 from text_encoder import T5Encoder, T5Tokenizer, asked
 from vae import VAE
 
@@ -72,8 +76,9 @@ def flow_sigmas(steps: int, shift: float = 3.0) -> Tensor:
 @torch.no_grad()
 def generate(model: MMDiT, noise: Tensor, text: Tensor, empty_text: Tensor, steps: int = 28,
              guidance: float = 7.0, shift: float = 3.0, references: Sequence[Tensor] = (),
-             image_guidance: float = 1.0, progress: bool = False) -> Tensor:
-    """Integrate dx = v dsigma from noise to latents by Euler steps; (B, C, H, W) float32.
+             image_guidance: float = 1.0, progress: bool = False, solver: str = "euler",
+             guidance_interval: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+    """Integrate dx = v dsigma from noise to latents; (B, C, H, W) float32.
 
     noise (B, C, H, W); text (B, L, D) of the prompts and empty_text (B or 1, L, D) of the empty
     prompt, both from T5; references: clean latents (B, C, H', W') of source pictures.
@@ -81,30 +86,48 @@ def generate(model: MMDiT, noise: Tensor, text: Tensor, empty_text: Tensor, step
     Classifier-free guidance with weight g for the prompt and h for the references (InstructPix2Pix,
     arXiv 2211.09800, equation 3):  v = v_alone + h (v_empty - v_alone) + g (v_text - v_empty).
     v_text sees prompt and references, v_empty the references, v_alone neither.
+    guidance_interval: the lowest and the highest sigma with guidance (arXiv 2404.07724); outside of
+    it v = v_text, half the work.
+
+    solver: "euler", or "ab2", two-step Adams-Bashforth: v is extrapolated to the middle of the step
+    from the last two points, at no more passes. A step after guidance sets in or ends is Euler's,
+    as v jumps there.
     """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver = {solver!r}; expected one of {SOLVERS}")
     x = noise.float()
     image_guided = bool(references) and image_guidance != 1     # h = 1 needs no v_alone
-    guided = guidance != 1 or image_guided                      # g = h = 1 leaves v_text alone
+    is_guided = guidance != 1 or image_guided                   # g = h = 1 leaves v_text alone
+    low, high = guidance_interval
     references = [r.to(text.dtype) for r in references]
-    if guided:
+    if is_guided:
         empty_text = empty_text.expand_as(text)                                     # (B, L, D)
-        text = torch.cat([empty_text, text])                                        # (2 B, L, D)
-        references = [torch.cat([r, r]) for r in references]                # each (2 B, C, H', W')
-    sigmas = flow_sigmas(steps, shift).to(x.device)
+        both_texts = torch.cat([empty_text, text])                                  # (2 B, L, D)
+        both_references = [torch.cat([r, r]) for r in references]           # each (2 B, C, H', W')
+
+    def velocity(x: Tensor, text: Tensor, sigma: Tensor, references: Sequence[Tensor]) -> Tensor:
+        timestep = x.new_full((len(x),), (1000 * sigma).item())                     # (B,)
+        return model(x.to(text.dtype), text, timestep, references,
+                     want=("velocity",)).velocity.float()                           # (B, C, H, W)
+
+    last = None                                                 # sigma, v and guided of last step
+    sigmas = flow_sigmas(steps, shift)                          # on the CPU: no step waits for them
     intervals = list(zip(sigmas[:-1], sigmas[1:]))
     for sigma, next_sigma in tqdm(intervals, desc="drawing", unit="step", disable=not progress):
-        latents = torch.cat([x, x]) if guided else x                                # (2 B, C, H, W)
-        timestep = (1000 * sigma).expand(len(latents))                              # (2 B,)
-        v = model(latents.to(text.dtype), text, timestep, references,
-                  want=("velocity",)).velocity.float()                              # (2 B, C, H, W)
+        guided = is_guided and low <= sigma <= high
         if guided:
-            v_empty, v_text = v.chunk(2)                                            # (B, C, H, W)
+            both = velocity(torch.cat([x, x]), both_texts, sigma, both_references)
+            v_empty, v_text = both.chunk(2)                                         # (B, C, H, W)
             v = v_empty + guidance * (v_text - v_empty)                             # (B, C, H, W)
-        if image_guided:
-            v_alone = model(x.to(text.dtype), empty_text, timestep[:len(x)],
-                            want=("velocity",)).velocity.float()                    # (B, C, H, W)
+        else:
+            v = velocity(x, text, sigma, references)                                # (B, C, H, W)
+        if guided and image_guided:
+            v_alone = velocity(x, empty_text, sigma, ())                            # (B, C, H, W)
             v = v + (image_guidance - 1) * (v_empty - v_alone)                      # (B, C, H, W)
-        x = x + (next_sigma - sigma) * v                                            # (B, C, H, W)
+        step, slope = next_sigma - sigma, 0.0
+        if solver == "ab2" and last and last[2] == guided:
+            slope = (v - last[1]) / (sigma - last[0])                               # (B, C, H, W)
+        x, last = x + step * (v + step / 2 * slope), (sigma, v, guided)
     return x
 
 
@@ -119,24 +142,47 @@ def float64_device(device: torch.device) -> torch.device:
     return device
 
 
-def draw_tokens(logits: Tensor, temperature: float,
-                generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Draw a token for every position; returns tokens and their probabilities, (B, L) each.
+ROWS = 32           # positions whose logits are in float32 or float64 at a time: bounds the memory
 
-    The mask token, the last class, is never drawn. Gumbel noise is in float64: in float32 its tail
-    is cut off, which lowers the temperature unseen (arXiv 2409.02908). Results and generator are on
-    the `float64_device` of the logits.
+
+def draw_tokens(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """Draw a token for each row of logits (N, vocab); (N,) on the `float64_device` of the logits.
+
+    temperature: 0 takes the most probable token. The mask token, the last class, is never drawn.
+
+    Trick for speed: one uniform number and the cumulated probabilities of a row, in place of Gumbel
+    noise for each class. In float64: in float32 the sum swallows small probabilities, which lowers
+    the temperature unseen (arXiv 2409.02908).
     """
-    logits = logits[..., :-1].to(float64_device(logits.device)).double()    # (B, L, vocab - 1)
-    scores = logits
-    if temperature > 0:
-        uniform = torch.rand(
-            logits.shape, dtype=torch.float64, device=logits.device, generator=generator)
-        gumbel = -(-uniform.clamp_min(1e-300).log()).log()                  # (B, L, vocab - 1)
-        scores = logits / temperature + gumbel                              # (B, L, vocab - 1)
-    tokens = scores.argmax(dim=-1)                                          # (B, L)
-    probabilities = logits.softmax(dim=-1)                                  # (B, L, vocab - 1)
-    return tokens, probabilities.gather(-1, tokens[..., None])[..., 0]      # (B, L), (B, L)
+    device, tokens = float64_device(logits.device), []
+    for block in logits[:, :-1].split(ROWS):
+        best, most_probable = block.float().max(dim=-1, keepdim=True)       # (n, 1) each
+        if temperature == 0:
+            tokens.append(most_probable[:, 0].to(device))                   # (n,)
+            continue
+        weights = ((block.float() - best) / temperature).exp()              # (n, vocab - 1)
+        sums = weights.to(device).cumsum(dim=-1, dtype=torch.float64)       # (n, vocab - 1)
+        place = torch.rand(
+            (len(block), 1), dtype=torch.float64, device=device, generator=generator)
+        drawn = torch.searchsorted(sums, place * sums[:, -1:], right=True)  # (n, 1)
+        tokens.append(drawn[:, 0].clamp_max(sums.shape[1] - 1))             # (n,)
+    return torch.cat(tokens)
+
+
+def probability_of(tokens: Tensor, logits: Tensor) -> Tensor:
+    """Probabilities of tokens (N,) by logits (N, vocab); (N,) float64 on the tokens' device.
+
+    The other tokens are summed up apart, in float32. So 1 - 1e-12 is still above 1 - 1e-11.
+    """
+    probabilities = []
+    for block, drawn in zip(logits[:, :-1].split(ROWS), tokens[:, None].split(ROWS)):
+        block, drawn = block.float(), drawn.to(logits.device)               # (n, vocab - 1), (n, 1)
+        weights = (block - block.amax(dim=-1, keepdim=True)).exp()          # (n, vocab - 1)
+        weight = weights.gather(-1, drawn)[:, 0]                            # (n,)
+        others = weights.scatter(-1, drawn, 0).sum(dim=-1)                  # (n,)
+        weight, others = weight.to(tokens.device).double(), others.to(tokens.device).double()
+        probabilities.append(weight / (weight + others))                    # (n,)
+    return torch.cat(probabilities)
 
 
 def rank_masked(probability: Tensor, masked: Tensor, place: Tensor, block: Tensor,
@@ -189,31 +235,43 @@ def describe(model: MMDiT, text_encoder: Callable[[Tensor], Tensor], latents: Te
     has_question = wanted < tokens.shape[1]                                 # (B,)
     from_left = has_question if order is None else torch.full_like(has_question, order == "left")
     blocks = torch.where(from_left, 1, block or tokens.shape[1])            # (B,) tokens of a block
-    logits = None
+    block_start = place - place % blocks[:, None]                           # (B, L)
     for i in tqdm(range(steps + 1), desc="writing", unit="step", disable=not progress):
         last = i == steps                                       # one argmax fills in the rest
         masked = tokens == mask_id                                          # (B, L)
         if not masked.any():
             break
-        if logits is None:                                      # else the last prediction holds
-            text = text_encoder(tokens.to(model_device))                    # (B, L, D)
-            logits = model(latents, text, timestep, want=("logits",)).logits    # (B, L, vocab)
-        drawn, probability = draw_tokens(logits, 0 if last else temperature, generator)
+        target = wanted * (i + 1) // steps                                  # (B,) revealed by then
+        quota = target - wanted + masked.sum(dim=1)                         # (B,) to reveal now
         if last:
-            reveal = masked
+            chosen = masked
         elif order == "ancestral":
             t, s = times[i], times[i + 1]
             chance = torch.rand(
                 tokens.shape, dtype=torch.float64, device=device, generator=generator)
-            reveal = masked & (chance < (t - s) / t)                        # (B, L)
-        else:
-            done = wanted - masked.sum(dim=1)                               # (B,)
-            quota = wanted * (i + 1) // steps - done                        # (B,) to reveal now
-            later = torch.zeros_like(masked) if end_id is None else drawn == end_id
-            rank = rank_masked(probability, masked, place, blocks, later)   # (B, L)
-            reveal = masked & (rank < quota[:, None])                       # (B, L)
-        if reveal.any():
-            tokens, logits = torch.where(reveal, drawn, tokens), None       # (B, L)
+            chosen = masked & (chance < (t - s) / t)                        # (B, L)
+        else:                               # by rank, among the blocks that this step fills in
+            filled_in = (block_start < target[:, None]) & (quota[:, None] > 0)      # (B, L)
+            chosen = masked & filled_in                                     # (B, L)
+        if not chosen.any():
+            continue                                            # no pass, as nothing is revealed
+        # Trick for speed: logits, probabilities and draws only for the chosen positions.
+        text = text_encoder(tokens.to(model_device))                        # (B, L, D)
+        rows = chosen.to(model_device)                                      # (B, L)
+        logits = model(latents, text, timestep, want={"logits": rows}).logits       # (N, vocab)
+        if logits.ndim == 3:                                    # of a model that computes them all
+            logits = logits[rows]                                           # (N, vocab)
+        drawn = draw_tokens(logits, 0 if last else temperature, generator)  # (N,)
+        reveal = chosen
+        if order != "ancestral" and (chosen.sum(dim=1) > quota).any():
+            probability = torch.zeros(chosen.shape, dtype=torch.float64, device=device)
+            probability[chosen] = probability_of(drawn, logits)             # (B, L)
+            later = torch.zeros_like(chosen)                                # (B, L)
+            if end_id is not None:
+                later[chosen] = drawn == end_id
+            rank = rank_masked(probability, chosen, place, blocks, later)   # (B, L)
+            reveal = chosen & (rank < quota[:, None])                       # (B, L)
+        tokens = tokens.masked_scatter(reveal, drawn[reveal[chosen]])       # (B, L)
     return tokens.to(model_device)
 
 
@@ -224,49 +282,80 @@ def seeded(seed: int, device: str | torch.device = "cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(seed % 2 ** 63)
 
 
-@dataclass
+WORKING_MEMORY = 1 << 30                    # bytes beside the weights that a stage may need
+
+
+@dataclass(repr=False)
 class Pipeline:
-    """Tokenizer, text encoder, autoencoder and transformer: from texts to images and back."""
-    tokenizer: T5Tokenizer
-    text_encoder: T5Encoder
-    vae: VAE
-    model: MMDiT
+    """Tokenizer, text encoder, autoencoder and transformer: from texts to images and back.
+
+    Each model is given itself, or as a `Part` that is loaded when it is used.
+    """
+    tokenizer: T5Tokenizer | None           # with embeddings neither this nor T5 is needed
+    text_encoder: T5Encoder = Loaded()
+    vae: VAE = Loaded()
+    model: MMDiT = Loaded()
     settings: SampleSettings
     name: str = ""                          # of the weights, for messages
+    embeddings: Embeddings | None = None    # of prompts, made elsewhere
 
     @classmethod
-    def from_parts(cls, model: Path, vae: Path, t5: Path, tokenizer: Path, mask_token: Path | None,
-                   settings: SampleSettings, dtype: torch.dtype = torch.float32,
-                   device: str | torch.device = "cpu") -> "Pipeline":
-        """Load the four parts, each in any layout.
+    def from_parts(cls, model: Path | None, vae: Path | None, t5: Path | None,
+                   tokenizer: Path | None, mask_token: Path | None, settings: SampleSettings,
+                   dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+                   t5_dtype: torch.dtype | None = None, embeddings: Path | None = None
+                   ) -> "Pipeline":
+        """Open the four parts, each in any layout; each is loaded when it is first used.
 
-        Raises ValueError where one cannot be read, or where images of this size cannot be drawn.
+        t5_dtype: of T5 alone; float8_e4m3fn keeps its matrices in fp8. embeddings: a file in place
+        of T5 and its tokenizer. Without `model` the pipeline encodes prompts and nothing else.
+        Raises ValueError where one does not fit, or where images of this size cannot be drawn.
         """
         check_ranges(settings, "sampling.")
-        tokens = T5Tokenizer(tokenizer, padding_id=settings.padding_id)
-        autoencoder = VAE.from_pretrained(vae, dtype=dtype, device=device).eval()
-        mmdit = MMDiT.from_pretrained(model, dtype=dtype, device=device).eval()
-        pipeline = cls(tokens, None, autoencoder, mmdit, settings, str(model))
-        pipeline.check_size((settings.image_size, settings.image_size))
-        pipeline.text_encoder = T5Encoder.from_pretrained(
-            t5, mask_token=mask_token, dtype=dtype, device=device).eval()
+        float8 = t5_dtype == torch.float8_e4m3fn
+        text_dtype = t5_dtype if t5_dtype and not float8 else dtype
+        pipeline = cls(None, None, None, None, settings, str(model or t5))
+        if not embeddings:
+            pipeline.tokenizer = T5Tokenizer(tokenizer, padding_id=settings.padding_id)
+        if model:
+            pipeline.vae = Part(partial(VAE.from_pretrained, vae, dtype), device)
+            pipeline.model = Part(partial(MMDiT.from_pretrained, model, dtype), device)
+            pipeline.check_size((settings.image_size, settings.image_size))
+        if not embeddings:
+            pipeline.text_encoder = Part(
+                partial(T5Encoder.from_pretrained, t5, mask_token, text_dtype, float8=float8),
+                device)
+            rows = pipeline.outline("text_encoder").config.vocab_size
+            if pipeline.tokenizer.vocab_size > rows:
+                raise ValueError(f"{t5}: has {rows} tokens, {tokenizer} has "
+                                 f"{pipeline.tokenizer.vocab_size}: they do not belong together")
+            return pipeline
+        pipeline.embeddings = Embeddings(embeddings)
+        pipeline.settings = replace(settings, negative_prompt=pipeline.embeddings.negative)
+        expected, width = pipeline.outline("model").config.text_dim, pipeline.embeddings.width
+        if width != expected:
+            raise ValueError(f"{embeddings}: embeddings of width {width}, by the text encoder "
+                             f"{pipeline.embeddings.text_encoder}; {model} expects {expected}")
         return pipeline
 
     @classmethod
     def from_release(cls, model: Path, vae: Path | None = None, t5: Path | None = None,
                      tokenizer: Path | None = None, mask_token: Path | None = None,
                      dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
-                     **settings) -> "Pipeline":
+                     t5_dtype: torch.dtype | None = None, embeddings: Path | None = None,
+                     draws: bool = True, **settings) -> "Pipeline":
         """Load released weights: the folder of a pipeline, or its transformer and the other parts.
 
         A part without a path is looked for in `model` and beside it. The conventions are those of
         the weights, `config.SD3` or `config.DUAL`, with these `settings` changed.
+        t5_dtype, embeddings: as for `from_parts`. draws: False is for prompts alone.
         Raises ValueError where a part is missing, or as `from_parts` does.
         """
         kind, found = kind_of_checkpoint(model), find_release(model, t5)
         paths = {"--vae": vae or found.vae, "--t5": found.text_encoder,
                  "--tokenizer": tokenizer or found.tokenizer}
-        if missing := [option for option, path in paths.items() if path is None]:
+        needed = ("--vae",) * draws + ("--t5", "--tokenizer") * (embeddings is None)
+        if missing := [option for option in needed if paths[option] is None]:
             raise ValueError(f"{model}: {' and '.join(missing)} are needed, as neither this path "
                              "nor the folder around it holds these parts")
         mask_token = mask_token or (found.mask_token if kind == "dual" else None)
@@ -277,14 +366,18 @@ class Pipeline:
         if kind == "dual" and mask_token is None:
             note(f"{model}: {MASK_TOKEN_ADVICE}--mask-token")
         conventions = replace(SD3 if kind == "sd3" else DUAL, **settings)
-        return cls.from_parts(model, *paths.values(), mask_token, conventions, dtype, device)
+        return cls.from_parts(model if draws else None, *paths.values(), mask_token, conventions,
+                              dtype, device, t5_dtype, embeddings)
 
     @classmethod
     def from_run(cls, run: str | Path, dtype: torch.dtype = torch.float32,
-                 device: str | torch.device = "cpu", weights: Path | None = None) -> "Pipeline":
+                 device: str | torch.device = "cpu", weights: Path | None = None,
+                 t5_dtype: torch.dtype | None = None, embeddings: Path | None = None,
+                 draws: bool = True) -> "Pipeline":
         """Load a model of a run, and the run's frozen parts.
 
-        weights: None is the averaged weights of its newest checkpoint.
+        weights: None is the averaged weights of its newest checkpoint. The rest is as for
+        `from_release`.
         Raises ValueError where something is missing.
         """
         files = RunFiles(run)
@@ -295,19 +388,55 @@ class Pipeline:
         config = read_config(files.config)
         parts = parts_of(config, files.folder)
         mask_token = Path(config.mask_token) if config.mask_token else None
-        pipeline = cls.from_parts(averaged, parts.vae, parts.text_encoder, parts.tokenizer,
-                                  mask_token, config.sampling, dtype, device)
+        pipeline = cls.from_parts(averaged if draws else None, parts.vae, parts.text_encoder,
+                                  parts.tokenizer, mask_token, config.sampling, dtype, device,
+                                  t5_dtype, embeddings)
         pipeline.name = str(weights or run)
         return pipeline
 
+    def _parts(self) -> dict[str, Part]:
+        """The models that this pipeline loads itself, by their names."""
+        models = {name: self.__dict__[f"_{name}"] for name in ("text_encoder", "vae", "model")}
+        return {name: part for name, part in models.items() if isinstance(part, Part)}
+
+    def outline(self, name: str) -> torch.nn.Module:
+        """A model for its configuration and type; its weights need not be loaded."""
+        part = self._parts().get(name)
+        return part.outline if part else getattr(self, name)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all weights that this pipeline loads itself."""
+        return sum(part.size for part in self._parts().values())
+
     @property
     def device(self) -> torch.device:
-        return self.model.pos_embed.device
+        parts = self._parts()
+        part = parts.get("model") or parts.get("text_encoder")
+        return part.device if part else self.model.pos_embed.device
+
+    def stage(self, *names: str) -> None:
+        """Make room for models that are used together: free the others if not all fit.
+
+        So T5-XXL, the transformer and the autoencoder share a memory that the largest one fills.
+        """
+        parts = self._parts()
+        wanted = [parts[name] for name in names if name in parts]
+        missing = sum(part.size for part in wanted if part.module is None)
+        if missing and missing + WORKING_MEMORY > free_memory(self.device):
+            self.release(*(name for name in parts if name not in names))
+
+    def release(self, *names: str) -> None:
+        """Free models; each is loaded again when it is used again."""
+        for name, part in self._parts().items():
+            if name in names and part.module is not None:
+                part.free()
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise ValueError where images of size (height, width) cannot be drawn."""
-        unit = self.vae.downscale * self.model.config.patch_size            # pixels per patch
-        largest = unit * self.model.config.position_table
+        config = self.outline("model").config
+        unit = self.outline("vae").downscale * config.patch_size            # pixels per patch
+        largest = unit * config.position_table
         if any(side % unit or not unit <= side <= largest for side in size):
             raise ValueError(f"image size {size[1]} x {size[0]}: expected multiples of {unit}, "
                              f"at most {largest}")
@@ -320,55 +449,86 @@ class Pipeline:
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """T5 of ids (B, L) -> (B, L, D)."""
-        return self.text_encoder(ids.to(self.device)).to(self.model.pos_embed.dtype)
+        text, model = self.text_encoder(ids.to(self.device)), self.outline("model")
+        return text if model is None else text.to(model.pos_embed.dtype)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str], negative: str | None = None,
+                       sources: int = 0) -> Texts:
+        """T5 of prompts, each about this number of source pictures, and of the negative prompt."""
+        s = self.settings
+        negative = s.negative_prompt if negative is None else negative
+        if self.embeddings:
+            if negative != self.embeddings.negative:
+                raise ValueError(f"{self.embeddings.path}: was made with the negative prompt "
+                                 f"{self.embeddings.negative!r}, not {negative!r}")
+            dtype = self.outline("model").pos_embed.dtype
+            return self.embeddings.texts(prompts, sources, dtype)
+        self.stage("text_encoder")
+        ids = self.tokenizer([*prompts, negative], length=s.text_length)            # (B + 1, L)
+        *counts, negative_count = text_lengths(ids, self.tokenizer.eos_id)
+        lengths = [prompt_length(max(count, negative_count), sources, s.text_length,
+                                 s.prompt_multiple) for count in counts]
+        texts, negatives = {}, {}
+        for length in sorted(set(lengths)):         # a single one, unless there are sources
+            rows = [i for i, own_length in enumerate(lengths) if own_length == length]
+            encoded = self.encode_text(ids[[*rows, -1], :length]).cpu()             # (b + 1, l, D)
+            texts |= dict(zip(rows, encoded))                                       # (l, D) each
+            negatives[length] = encoded[-1]                                         # (l, D)
+        return Texts([texts[i] for i in range(len(prompts))], negatives)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> clean latents (B, C, h, w)."""
-        return self.vae.encode(images.to(self.device)).to(self.model.pos_embed.dtype)
+        latents = self.vae.encode(images.to(self.device))                           # (B, C, h, w)
+        return latents.to(self.outline("model").pos_embed.dtype)
 
     @torch.no_grad()
     def draw(self, prompts: Sequence[str], seed: int | Sequence[int] = 0, steps: int | None = None,
              guidance: float | None = None, references: Sequence[Tensor] = (),
              progress: bool = False, size: tuple[int, int] | None = None,
-             negative: str | None = None) -> Tensor:
+             negative: str | None = None, texts: Texts | None = None) -> Tensor:
         """Draw images (B, 3, H, W) in [-1, 1]. Image i depends on its prompt and seed alone.
 
         seed: one for each image, or a number n: image i has the seed n + i. size: (H, W) in pixels.
         negative: the prompt that guidance leads away from. None is the setting of the model.
+        texts: what `encode_prompts` has made of the prompts before.
         """
         s = self.settings
         steps = s.steps if steps is None else steps
         guidance = s.guidance if guidance is None else guidance
-        negative = s.negative_prompt if negative is None else negative
         size = size or (s.image_size, s.image_size)
         self.check_size(size)
+        texts = texts or self.encode_prompts(prompts, negative, len(references))
+        self.stage("model", "vae")
         seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
-        shape = self.model.config.latent_channels, *(side // self.vae.downscale for side in size)
+        channels, unit = self.outline("model").config.latent_channels, self.outline("vae").downscale
+        shape = channels, *(side // unit for side in size)
         noise = torch.stack([torch.randn(shape, generator=seeded(n)) for n in seeds])
         # noise is (B, C, h, w)
 
-        ids = self.tokenizer([*prompts, negative], length=s.text_length)            # (B + 1, L)
-        *counts, negative_count = text_lengths(ids, self.tokenizer.eos_id)
-        lengths = [prompt_length(max(count, negative_count), len(references), s.text_length,
-                                 s.prompt_multiple) for count in counts]
+        lengths = [len(text) for text in texts.prompts]
         latents = torch.empty_like(noise, device=self.device)                       # (B, C, h, w)
         for length in sorted(set(lengths)):         # a single one, unless there are references
             rows = [i for i, own_length in enumerate(lengths) if own_length == length]
-            texts = self.encode_text(ids[[*rows, -1], :length])                     # (b + 1, l, D)
+            text = torch.stack([texts.prompts[i] for i in rows]).to(self.device)    # (b, l, D)
+            empty = texts.negative[length][None].to(self.device)                    # (1, l, D)
             latents[rows] = generate(
-                self.model, noise[rows].to(self.device), texts[:-1], texts[-1:], steps, guidance,
-                s.shift, [r[rows] for r in references], s.image_guidance, progress)
-        images = self.vae.decode(latents.to(self.model.pos_embed.dtype))            # (B, 3, H, W)
+                self.model, noise[rows].to(self.device), text, empty, steps, guidance,
+                s.shift, [r[rows] for r in references], s.image_guidance, progress, s.solver,
+                s.guidance_interval)
+        images = self.vae.decode(latents.to(self.outline("model").pos_embed.dtype))
         return images.float().clamp(-1, 1)
 
     def edit(self, prompts: Sequence[str], sources: Sequence[Tensor],
              seed: int | Sequence[int] = 0, steps: int | None = None,
              guidance: float | None = None, progress: bool = False,
-             size: tuple[int, int] | None = None, negative: str | None = None) -> Tensor:
+             size: tuple[int, int] | None = None, negative: str | None = None,
+             texts: Texts | None = None) -> Tensor:
         """Draw images (B, 3, H, W) from any number of sources, each (B, 3, H', W') in [-1, 1]."""
         references = [self.encode_images(images) for images in sources]
-        return self.draw(prompts, seed, steps, guidance, references, progress, size, negative)
+        return self.draw(prompts, seed, steps, guidance, references, progress, size, negative,
+                         texts)
 
     def _text_start(self, questions: Sequence[str],
                     before: Sequence[Sequence[tuple[str, str]]]) -> tuple[Tensor, Tensor]:
@@ -402,6 +562,7 @@ class Pipeline:
         before = [()] * len(images) if before is None else before
         tokens, answer = self._text_start(questions, before)                        # (B, L) each
         generator = seeded(seed, float64_device(self.device))
+        self.stage("text_encoder", "model", "vae")              # T5 is needed in every step
         ids = describe(
             self.model, self.encode_text, self.encode_images(images), tokens.to(self.device),
             self.tokenizer.mask_id, s.text_steps if steps is None else steps, order or s.order or
@@ -412,6 +573,8 @@ class Pipeline:
 
     def warnings(self, prompt: str) -> list[str]:
         """Name the parts of a prompt that the model cannot see: unknown words, and a cut end."""
+        if self.tokenizer is None:
+            return []
         count, length = len(self.tokenizer.encode(prompt)), self.settings.text_length
         warnings = [] if prompt.strip() else ["an empty text; the model is left free"]
         if count > length:
@@ -477,21 +640,36 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
                           help="(default: 1 for dual checkpoints, 0 for plain SD3)")
     released.add_argument("--image-size", type=int, help="pixels (default: 512)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"),
-                   help="of all weights (default: float32 on CPU, bfloat16 on GPU)")
+                   help="of all weights (default: float32 on CPU, bfloat16 on GPU and where the "
+                        "weights of --model would not fit into the memory)")
+    p.add_argument("--t5-dtype", choices=("float32", "bfloat16", "float8"),
+                   help="of T5 alone; float8 keeps its matrices in fp8, in half of bfloat16's "
+                        "memory (default: as --dtype)")
+    p.add_argument("--embeddings", type=Path, metavar="FILE",
+                   help="draw from embeddings that --save-embeddings wrote, without T5 and its "
+                        "tokenizer: the texts to draw or to edit with, or all of the file's")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="(default: %(default)s)")
 
 
 # options of sample.py that change a setting of the model
-SETTINGS = ("guidance", "image_guidance", "negative_prompt", "order", "temperature", "block",
-            "end_last")
+SETTINGS = ("guidance", "image_guidance", "guidance_interval", "solver", "negative_prompt", "order",
+            "temperature", "block", "end_last")
+
+
+def add_flow_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of the flow that draws, which `change_settings` reads."""
+    p.add_argument("--solver", choices=SOLVERS, help=_help("solver"))
+    p.add_argument("--guidance-interval", nargs=2, type=float, metavar=("LOW", "HIGH"),
+                   help=_help("guidance_interval"))
 
 
 def _add_settings(p: argparse.ArgumentParser) -> None:
     """Add the options that change how a model is sampled."""
-    p.add_argument("--steps", type=int, help="Euler steps per image, or steps per text")
+    p.add_argument("--steps", type=int, help="steps per image, or steps per text")
     p.add_argument("--guidance", type=float, help=_help("guidance"))
     p.add_argument("--image-guidance", type=float, help=_help("image_guidance"))
+    add_flow_options(p)
     p.add_argument("--negative", dest="negative_prompt", metavar="PROMPT",
                    help=_help("negative_prompt"))
     p.add_argument("--width", type=int, help="of pictures, in pixels (default: the model's)")
@@ -529,6 +707,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path,
                    help="a .png file (several turns: x-1.png, x-2.png, ...), or a folder that gets "
                         "numbered files (default: pictures)")
+    p.add_argument("--save-embeddings", type=Path, metavar="FILE",
+                   help="only encode the texts to draw or to edit with, for --embeddings on "
+                        "another machine; needs T5 and its tokenizer alone (--t5, --tokenizer; "
+                        "without --model, --padding-id 0 is for plain SD3)")
     p.add_argument("--seed", type=int, default=0,
                    help="any integer; the same seed gives the same result (default: %(default)s)")
     _add_settings(p)
@@ -536,7 +718,7 @@ def _parser() -> argparse.ArgumentParser:
     return p
 
 
-def _read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not empty. Raises ValueError and OSError."""
     try:
         text = find_file(path).read_text(encoding="utf-8")
@@ -576,11 +758,19 @@ def _check_task(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
 def _check_effect(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
     """Stop where an option has no effect beside the others."""
     writes = bool(a.describe or a.ask)
+    takes_t5 = a.model or a.save_embeddings and not a.run
     rules = (       # whether the options have an effect, where they do, the options
-        (a.model, "with --model, as a run in --run has its own",
-         ("vae", "t5", "tokenizer", "mask_token", "padding_id", "image_size")),
+        (a.model, "with --model, as a run in --run has its own", ("vae", "image_size")),
+        (takes_t5, "with --model, as a run in --run has its own",
+         ("t5", "tokenizer", "mask_token", "padding_id")),
+        (not a.embeddings, "without --embeddings, which stand for T5",
+         ("t5", "tokenizer", "mask_token", "padding_id", "t5_dtype", "save_embeddings")),
+        (not a.save_embeddings, "without --save-embeddings, which draws nothing",
+         ("vae", "out", "steps", "guidance", "image_guidance", "width", "height")),
         (not a.model, "without --model", ("run",)),
-        (not writes, "where pictures are drawn", ("out", "guidance", "negative_prompt")),
+        (not writes, "where pictures are drawn",
+          ("out", "guidance", "negative_prompt", "guidance_interval", "solver", "embeddings",
+           "save_embeddings")),
         ((a.image or a.edits) and not writes, "where pictures are edited", ("image_guidance",)),
         (a.ask, "on --ask", ("dialogue",)),
         (a.order == "confidence", "with --order confidence", ("block", "end_last")),
@@ -638,7 +828,11 @@ def _read_files(p: argparse.ArgumentParser, a: argparse.Namespace, out: Path) ->
             jobs = read_edits(a.edits, out, a.seed)
             _check_writable(out)
             return jobs
-        a.prompt += _read_prompts(a.prompts) if a.prompts else []
+        a.prompt += read_prompts(a.prompts) if a.prompts else []
+        if a.embeddings and not (a.prompt or a.edit or a.kind or a.describe or a.ask):
+            a.prompt += Embeddings(a.embeddings).prompts()
+        if a.save_embeddings and a.save_embeddings.exists():
+            p.error(f"{a.save_embeddings} exists; nothing is overwritten, choose another name")
     except OSError as error:
         p.error(f"{error.filename or a.prompts}: {error.strerror.lower()}")
     except ValueError as error:
@@ -657,7 +851,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     _check_device(p, a.device)
     a.out = out
     count = len(a.prompt or a.edit or [a.kind])
-    a.names = [] if a.describe or a.ask or a.edits else _check_out(p, a, count)
+    draws_new = not (a.describe or a.ask or a.edits or a.save_embeddings)
+    a.names = _check_out(p, a, count) if draws_new else []
     return a
 
 
@@ -672,21 +867,50 @@ def _check_numbers(a: argparse.Namespace) -> None:
                              f"{least} to 1000000")
 
 
-def load_pipeline(a: argparse.Namespace) -> Pipeline:
-    """Load the models that the options of `add_model_options` name. Raises ValueError."""
-    on_cpu = torch.device(a.device).type == "cpu"
-    dtype = getattr(torch, a.dtype or ("float32" if on_cpu else "bfloat16"))
-    if not a.model:
-        return Pipeline.from_run(a.run or Path("runs/tiny"), dtype, a.device)
+def _open_pipeline(a: argparse.Namespace, dtype: torch.dtype) -> Pipeline:
+    """Open the models that the options of `add_model_options` name, which reads no weights yet."""
+    t5_dtype = a.t5_dtype and getattr(torch, a.t5_dtype.replace("float8", "float8_e4m3fn"))
+    draws = not getattr(a, "save_embeddings", None)
+    options = {"t5_dtype": t5_dtype, "embeddings": a.embeddings, "draws": draws}
+    if not a.model and (a.run or not a.t5):
+        return Pipeline.from_run(a.run or Path("runs/tiny"), dtype, a.device, **options)
     given = {name: getattr(a, name) for name in ("image_size", "padding_id")}
     settings = {name: value for name, value in given.items() if value is not None}
+    if not a.model:                                             # T5 alone
+        conventions = replace(SD3 if a.padding_id == 0 else DUAL, **settings)
+        return Pipeline.from_parts(None, None, a.t5, a.tokenizer or a.t5, a.mask_token,
+                                   conventions, dtype, a.device, t5_dtype)
     parts = a.vae, a.t5, a.tokenizer, a.mask_token
     run = run_of(a.model)
     if run and not any(parts):
-        pipeline = Pipeline.from_run(run, dtype, a.device, a.model)
+        pipeline = Pipeline.from_run(run, dtype, a.device, a.model, **options)
         pipeline.settings = replace(pipeline.settings, **settings)
         return pipeline
-    return Pipeline.from_release(a.model, *parts, dtype, a.device, **settings)
+    return Pipeline.from_release(a.model, *parts, dtype, a.device, **options, **settings)
+
+
+def load_pipeline(a: argparse.Namespace) -> Pipeline:
+    """Open the models that the options of `add_model_options` name. Raises ValueError.
+
+    They are loaded when they are used. On a CPU weights are float32, unless those that the command
+    line names would not fit into the memory so.
+    """
+    on_cpu = torch.device(a.device).type == "cpu"
+    pipeline = _open_pipeline(a, getattr(torch, a.dtype or ("float32" if on_cpu else "bfloat16")))
+    is_named, memory = bool(a.model or a.t5), total_memory()
+    if on_cpu and is_named and not a.dtype and pipeline.size + WORKING_MEMORY > memory:
+        note(f"{pipeline.name}: {pipeline.size / 1e9:.0f} GB of float32 weights in "
+             f"{memory / 1e9:.0f} GB of memory: they are loaded as bfloat16; --dtype sets another")
+        pipeline = _open_pipeline(a, torch.bfloat16)
+    return pipeline
+
+
+def change_settings(pipeline: Pipeline, a: argparse.Namespace) -> None:
+    """Change the settings that options name. Raises ValueError for values that do not fit."""
+    given = {name: getattr(a, name, None) for name in SETTINGS}
+    changes = {name: tuple(value) if isinstance(value, list) else value
+               for name, value in given.items() if value is not None}
+    pipeline.settings = replace(pipeline.settings, **changes)
 
 
 BATCH = 16                      # prompts, or pictures to describe, at a time: bounds the memory
@@ -747,6 +971,34 @@ def _jobs(a: argparse.Namespace) -> list[Job]:
             for i, (name, text) in enumerate(zip(a.names, a.prompt or a.edit))]
 
 
+def _requests(a: argparse.Namespace) -> list[Request]:
+    """The texts that the command line draws or edits with, in order, each once."""
+    counts = [len(a.image)] + [1] * len(a.edit)                 # a turn edits the last result
+    requests = [Request(job.prompt, len(job.sources)) for job in a.jobs]
+    requests += [Request(text) for text in a.prompt]
+    requests += [Request(text, count) for text, count in zip(a.edit, counts)]
+    return [*dict.fromkeys(requests)]
+
+
+def _save_embeddings(pipeline: Pipeline, a: argparse.Namespace,
+                     size: tuple[int, int]) -> Iterator[str]:
+    """Encode the texts and write them into a file, for a machine without T5; one line."""
+    embeddings, negatives = [], {}
+    dtype = a.t5_dtype or str(pipeline.outline("text_encoder").embedding.weight.dtype)
+    requests = sorted(_requests(a), key=lambda request: request.sources)
+    for count, group in itertools.groupby(requests, key=lambda request: request.sources):
+        alike = list(group)
+        for start in tqdm(range(0, len(alike), BATCH), desc="encoding", unit="batch",
+                          disable=len(alike) <= BATCH):
+            batch = alike[start:start + BATCH]
+            texts = pipeline.encode_prompts([request.prompt for request in batch], None, count)
+            embeddings += zip(batch, texts.prompts)
+            negatives |= texts.negative
+    save_embeddings(a.save_embeddings, embeddings, negatives, pipeline.settings.negative_prompt,
+                    f"{a.t5 or pipeline.name}, {dtype.removeprefix('torch.')}")
+    yield f"{a.save_embeddings}\t{len(embeddings)} texts"
+
+
 def _draw_pictures(pipeline: Pipeline, a: argparse.Namespace,
                    size: tuple[int, int]) -> Iterator[str]:
     """Draw pictures and write each batch before the next is drawn; a line for each picture."""
@@ -770,19 +1022,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _check_numbers(a)
         pipeline = load_pipeline(a)
-        changes = {name: getattr(a, name) for name in SETTINGS if getattr(a, name) is not None}
-        pipeline.settings = replace(pipeline.settings, **changes)
+        change_settings(pipeline, a)
         side = pipeline.settings.image_size
         size = a.height or side, a.width or side
-        pipeline.check_size(size)
+        if not a.save_embeddings:
+            pipeline.check_size(size)
         if a.kind:
             a.edit = [pipeline.settings.perception_prompt.replace("{kind}", a.kind)]
         for text in {text: None for text in [*a.prompt, *a.edit, *a.ask,
                                           *(job.prompt for job in a.jobs)]}:
             for warning in pipeline.warnings(text):
                 print(f"warning: {text!r}: {warning}", file=sys.stderr)
+        if pipeline.embeddings:
+            pipeline.embeddings.check(_requests(a))
         writes = a.describe or a.ask
         task = _write_texts if writes else _draw_pictures
+        task = _save_embeddings if a.save_embeddings else task
         for line in task(pipeline, a, size):
             print(line, flush=True)
             done += 1

@@ -7,12 +7,14 @@
     torchrun --nproc_per_node 8 train.py --preset sd3 --stage 1 --data pairs.jsonl \\
         --init sd3_medium.safetensors --vae_path sd3/vae --t5_path sd3/text_encoder_3 \\
         --tokenizer_path spiece.model --teacher_path Qwen2.5-VL-7B-Instruct
+    python train.py --preset sd3 --estimate --gpus 8 --gpu H100     memory, FLOPs and hours
 
 A preset is a `TrainConfig` (config.py); every field of it is an option. Results go to --out:
 checkpoint-*/ (model, averaged weights and optimizer as safetensors), metrics.jsonl, and for the
 shapes world samples.png, scores.json and report.html.
 """
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -36,11 +38,12 @@ from losses import (contrastive_loss, flow_matching_loss, intrinsic_loss, masked
                     total_loss)
 from model import MMDiT, Output
 from muon import Muon
+from previews import read_requests, write_samples
 from ranks import Ranks, explain, joined_ranks
 from run_folder import (Features, Frozen, Metrics, Progress, Skipped, allowed_skips, check_parts,
-                        check_resume, describe_shapes, describe_tasks, encode_all, features_folder,
-                        frozen_dtype, load_frozen, load_models, load_optimizers, load_tasks,
-                        missing_parts, save_checkpoint, teacher_features, timed)
+                        check_resume, describe_shapes, describe_tasks, encode_all, encode_in_chunks,
+                        features_folder, load_frozen, load_models, load_optimizers, load_tasks,
+                        missing_parts, optimizer_state, save_checkpoint, teacher_features, timed)
 from teacher import load_teacher
 from text_encoder import T5Encoder
 from vae import VAE
@@ -69,6 +72,63 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
     return optimizers
+
+
+def owners_of(sizes: list[int], world: int) -> list[int]:
+    """The rank that owns each parameter: the largest first, each to the rank that has least."""
+    owners, loads = [0] * len(sizes), [0] * world
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        owners[i] = loads.index(min(loads))
+        loads[owners[i]] += sizes[i]
+    return owners
+
+
+class Parameters:
+    """The parameters of a model and their gradients. Each has a rank that updates it, its owner.
+
+    Trick for memory (ZeRO, arXiv 1910.02054): an optimizer makes the state of a parameter in its
+    first step with a gradient, so if only the owner has one, the state lies there alone.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks):
+        self.all, self.ranks = list(model.parameters()), ranks
+        owners = owners_of([p.numel() for p in self.all], ranks.world)
+        self.owner_of = dict(zip(self.all, owners))
+        self.owned = {p for p, owner in self.owner_of.items() if owner == ranks.rank}
+        self.trained: set[Tensor] = set()                       # in this step, on all ranks
+        if ranks.world > 1:
+            for p in self.all:
+                p.register_post_accumulate_grad_hook(self.trained.add)
+
+    def clip(self, largest: float) -> Tensor:
+        """Scale the gradients to a norm of at most `largest`. Returns what the norm was."""
+        if self.ranks.world > 1:
+            for p in self.all:
+                if p not in self.trained:                       # zeros in DDP's buckets
+                    p.grad = None
+        return nn.utils.clip_grad_norm_(self.all, largest)
+
+    @torch.no_grad()
+    def update(self, optimizers: list[torch.optim.Optimizer], norm: Tensor) -> None:
+        """Step the optimizers and forget the gradients, whose norm is given.
+
+        Where that is not finite the weights stay as they are, without a look at it on the CPU.
+        """
+        gradients = {p: p.grad for p in self.all if p.grad is not None}
+        for p in gradients:
+            if p not in self.owned:
+                p.grad = None
+        for optimizer in optimizers:
+            optimizer.found_inf = (~norm.isfinite()).float()    # as torch's GradScaler says so
+            optimizer.step()
+            optimizer.zero_grad()
+        if self.ranks.world > 1:
+            self.ranks.send([(p, self.owner_of[p]) for p in gradients])
+            # They stay in DDP's buckets. New ones would lie beside those till the last micro batch.
+            torch._foreach_zero_(list(gradients.values()))
+            for p, gradient in gradients.items():
+                p.grad = gradient
+            self.trained.clear()
 
 
 @torch.no_grad()
@@ -309,7 +369,8 @@ def load_batches(dataset: Tasks, config: TrainConfig, ranks: Ranks, start: int) 
     order = BatchOrder(
         dataset.groups, config.batch_size, config.seed, ranks.rank, ranks.world, start)
     loader = DataLoader(Reported(dataset), batch_sampler=order, num_workers=config.workers,
-                        collate_fn=_as_it_is, worker_init_fn=_ignore_signals)
+                        collate_fn=_as_it_is, worker_init_fn=_ignore_signals,
+                        pin_memory=ranks.device.type == "cuda")
     try:
         for batch in loader:
             if isinstance(batch, (ValueError, OSError)):
@@ -328,7 +389,7 @@ def batch_latents(batch: Batch, vae: VAE, generator: torch.Generator) -> Tensor:
     if batch.latents is not None:
         return batch.latents
     images = batch.images.flatten(0, 1)                                     # (B (1 + R), 3, H, W)
-    latents = vae.encode(images, sample=True, generator=generator).float()  # (B (1 + R), C, h, w)
+    latents = encode_in_chunks(vae, images, sample=True, generator=generator)
     return latents.unflatten(0, batch.images.shape[:2])                     # (B, 1 + R, C, h, w)
 
 
@@ -354,6 +415,29 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+class Step(NamedTuple):
+    """What a later look at the gradients of a step needs."""
+    number: int
+    norm: Tensor                            # of its gradient, on the device
+    records: list[str]                      # of this rank
+
+
+def check_norms(steps: list[Step], ranks: Ranks, run: Path) -> float:
+    """Raise ValueError for the first step whose gradient was not finite, on all ranks.
+
+    Returns the norm of the last one. Only before anything is written, since the CPU waits for the
+    GPU here.
+    """
+    norms = torch.stack([step.norm for step in steps]).tolist()     # shared by all ranks
+    for step, norm in zip(steps, norms):
+        if not math.isfinite(norm):
+            shown = ", ".join(sum(ranks.gather(step.records), []))
+            raise ValueError(f"step {step.number}: the gradient is not finite ({norm}); lower "
+                             f"--lr or --muon_lr, or look at the step's records: {shown}. The "
+                             f"last good checkpoint is {RunFiles(run).newest_checkpoint()}")
+    return norms[-1]
+
+
 class Training(NamedTuple):
     """Everything that the loop works with."""
     frozen: Frozen
@@ -361,7 +445,8 @@ class Training(NamedTuple):
     skipped: Skipped
     teacher: nn.Module | None               # if it runs in every step
     model: MMDiT
-    average: MMDiT
+    average: MMDiT | None                   # of the first rank
+    parameters: Parameters
     optimizers: list[torch.optim.Optimizer]
     progress: Progress                      # where the checkpoint was, if there is one
     origin: dict[str, object]               # what a resumed run compares
@@ -372,7 +457,8 @@ def set_up(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> Traini
     device, files = ranks.device, RunFiles(run)
     checkpoint = files.newest_checkpoint()
     frozen = load_frozen(config, parts, device)
-    model, average = load_models(config, frozen.tokenizer.vocab_size, checkpoint, device)
+    model, average = load_models(config, frozen.tokenizer.vocab_size, checkpoint, device,
+                                 ranks.first, frozen.text_encoder.config.dim)
     check_parts(config, model, frozen)
     if not ranks.first:
         ranks.wait("index")
@@ -383,7 +469,7 @@ def set_up(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> Traini
         shapes = [describe_shapes(dataset)] if dataset.cropped else []
         for line in [describe_tasks(dataset), *shapes, *dataset.records.notes()]:
             tqdm.write(line)
-    optimizers = make_optimizers(model, config)
+    parameters, optimizers = Parameters(model, ranks), make_optimizers(model, config)
     origin = {"world": ranks.world, "data": dataset.records.digest,
               "global_batch": config.batch_size * config.accumulation * ranks.world}
     progress = Progress()
@@ -391,7 +477,7 @@ def set_up(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> Traini
         note = check_resume(checkpoint, **origin, new_data=config.new_data)
         if note and ranks.first:
             tqdm.write(note)
-        progress = load_optimizers(optimizers, checkpoint)
+        progress = load_optimizers(optimizers, checkpoint, parameters.owned)
         if progress.step > config.steps:
             raise ValueError(f"--steps {config.steps}: {checkpoint} has more steps already")
     skipped = Skipped(files.skipped, progress.step,
@@ -401,14 +487,16 @@ def set_up(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> Traini
     skipped.share(progress.step)
     teacher = None
     if config.intrinsic_weight and runs_teacher_online(config, dataset):
-        teacher = load_teacher(parts.teacher, frozen_dtype(config, device), device)
+        dtype = torch.bfloat16 if device.type == "cuda" and config.autocast else torch.float32
+        teacher = load_teacher(parts.teacher, dtype, device)
         if ranks.first:
             tqdm.write(f"the teacher runs in every step, for {len(dataset.aligned)} pairs")
     elif config.intrinsic_weight:
         align(dataset, config, parts, model.config.align_dims[1], ranks)
     if config.cache_latents and progress.step < config.steps:
         dataset.latents = encode_all(dataset, frozen.vae, device, config.autocast)
-    return Training(frozen, dataset, skipped, teacher, model, average, optimizers, progress, origin)
+    return Training(frozen, dataset, skipped, teacher, model, average, parameters, optimizers,
+                    progress, origin)
 
 
 def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
@@ -416,8 +504,9 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
 
     Returns False if SIGINT or SIGTERM stopped it; the run is then saved and can be resumed.
     """
-    (tokenizer, text_encoder, vae), dataset, skipped, teacher, model, average, optimizers, \
-        progress, origin = set_up(config, ranks, parts, run)
+    frozen, dataset, skipped, teacher, model, average, parameters, optimizers, progress, origin \
+        = set_up(config, ranks, parts, run)
+    tokenizer, text_encoder, vae = frozen
     device, files, step = ranks.device, RunFiles(run), progress.step
     objective = Objective(model, config)
     wrapped = objective
@@ -425,12 +514,17 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
         # A task trains one head or both, so some parameters have no gradient in a step. The only
         # buffer is the fixed table of positions, which every rank has from the checkpoint.
         wrapped = DistributedDataParallel(
-            objective, find_unused_parameters=True, forward_sync_buffers=False)
+            objective, find_unused_parameters=True, forward_sync_buffers=False,
+            gradient_as_bucket_view=True)
     batches = load_batches(dataset, config, ranks, step * config.accumulation)
     empty = tokenizer([""], length=config.sampling.text_length).to(device)          # (1, L)
+    requests = []
+    if config.sample_every and ranks.first:
+        requests = read_requests(config, parts, dataset)
     metrics = Metrics(files.metrics if ranks.first else None, step, ranks.mean)
     metrics.load_state(progress.metrics, device)
 
+    first_step, steps = step, []
     start = time.time() - progress.seconds
     bar = tqdm(total=config.steps, initial=step, desc="training", unit="step",
                disable=not ranks.first)
@@ -438,58 +532,67 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
         while step < config.steps:
             records: list[str] = []
             for micro in range(config.accumulation):
-                batch = next(batches).to(device)
+                batch = next(batches)
                 skipped.add(batch.skipped, step)
                 records += batch.records
                 if teacher is not None and batch.captions and batch.prompts is not None:
                     batch = batch._replace(features=online_features(batch, teacher))
+                batch = batch.to(device)
                 generator = torch.Generator(device)
                 generator.manual_seed(noise_seed(config, step, micro, ranks.rank))
-                latents = batch_latents(batch, vae, generator)              # (B, 1 + R, C, h, w)
-                # Gradients of the ranks are averaged once a step, after the last micro batch.
-                waits = micro < config.accumulation - 1 and ranks.world > 1
+                # Gradients of the ranks are averaged once a step, after the last micro batch. Only
+                # in the first step after each, which puts them into DDP's buckets from the start.
+                waits = first_step < step and micro < config.accumulation - 1 and ranks.world > 1
                 with wrapped.no_sync() if waits else contextlib.nullcontext():
                     with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
+                        latents = batch_latents(batch, vae, generator)      # (B, 1 + R, C, h, w)
                         corrupted = corrupt(batch, latents, text_encoder, tokenizer.mask_id, empty,
                                             generator, config)
                         losses = wrapped(corrupted)
                     (losses["loss"] / config.accumulation).backward()
                 metrics.add(batch.task, losses)
 
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            if not norm.isfinite():                     # on all ranks, since they share gradients
-                shown = ", ".join(sum(ranks.gather(records), []))
-                raise ValueError(f"step {step}: the gradient is not finite ({norm.item()}); lower "
-                                 f"--lr or --muon_lr, or look at the step's records: {shown}. The "
-                                 f"last good checkpoint is {files.newest_checkpoint()}")
+            norm = parameters.clip(config.clip)
+            steps.append(Step(step, norm, records))
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["base_lr"] * learning_rate_scale(step, config)
-                optimizer.step()
-                optimizer.zero_grad()
-            update_average(average, model, step, config.ema, config.ema_every)
+            parameters.update(optimizers, norm)
+            if average is not None:
+                update_average(average, model, step, config.ema, config.ema_every)
             step += 1
             bar.update()
 
-            if step % config.log_every == 0 or step in (*config.keep, config.steps):
+            stopping = ranks.any(bool(signals))                 # a signal to one rank stops all
+            is_last = step == config.steps
+            logs = step % config.log_every == 0 or step in config.keep or is_last
+            saves = step % config.save_every == 0 or stopping or is_last
+            if logs or saves:
+                last_norm = check_norms(steps, ranks, run)
+                steps.clear()
+            if logs:
                 count = skipped.share(step)
                 extra = {"skipped": count} if count else {}
-                line = metrics.write(step, grad_norm=round(norm.item(), 4),
+                line = metrics.write(step, grad_norm=round(last_norm, 4),
                                      seconds=round(time.time() - start, 1), **extra)
                 shown = [name for name in ("flow_matching", "masked_token") if name in line]
                 bar.set_postfix({name: f"{line[name]:.3f}" for name in shown})
             if step in config.keep and ranks.first:
                 save(files.kept(step), average.state_dict(), average.config)
-            signal_count = ranks.mean(torch.tensor(float(len(signals)), device=device))
-            stopping = signal_count.item() > 0              # a signal to one rank stops all
-            if stopping or step % config.save_every == 0 or step == config.steps:
+            if saves:
                 skipped.share(step)
-                unfinished = metrics.state()
+                unfinished, state = metrics.state(), ranks.unite(optimizer_state(optimizers))
                 if ranks.first:
-                    save_checkpoint(run, step, time.time() - start, model, average, optimizers,
+                    save_checkpoint(run, step, time.time() - start, model, average, state,
                                     unfinished, **origin)
             if stopping:
                 break
+            if config.sample_every and step % config.sample_every == 0:
+                before = time.time()
+                if ranks.first:
+                    write_samples(run, step, frozen, average, config, requests)
+                ranks.wait(f"samples-{step}")
+                start += time.time() - before           # it is no time of training
     return step == config.steps
 
 
@@ -506,6 +609,10 @@ def report(run: Path, parts: Parts, device: torch.device) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    given = sys.argv[1:] if argv is None else argv
+    if "--estimate" in given:
+        from estimate import main as print_estimate             # which imports this file
+        return print_estimate(given)
     config = parse_arguments(argv, __doc__)
     run = Path(config.out)
     resume = f"python train.py --resume --out {run}"

@@ -12,6 +12,7 @@ import math
 import re
 import sys
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from checkpoint import Checkpoint, Source, load, make_config, note, option
+from checkpoint import Checkpoint, Source, concatenate, load, make_config, note, option
 from data import load_picture
 
 
@@ -185,6 +186,78 @@ class Decoder(nn.Module):
         return self.unstem(x)                                    # (B, 3, H, W)
 
 
+# ---------------------------------------------------------------- pictures too large for one pass
+
+MEMORY = 4 << 30                            # bytes of activations that one pass may take
+STRIP = 1 << 23                             # values of a feature map that are computed at a time
+
+
+def _silu_norm(norm: nn.GroupNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """F.silu(norm(x)) as a function of a strip of x (1, C, H, W), with the statistics of all."""
+    groups = x.reshape(norm.num_groups, -1)                      # (G, C/G*H*W)
+    parts, count = groups.split(STRIP // norm.num_groups, dim=1), groups.shape[1]
+    mean = sum(part.sum(dim=1, dtype=torch.float64) for part in parts) / count      # (G,)
+    mean = mean.float()[:, None]                                                    # (G, 1)
+    squares = sum((part.float() - mean).square().sum(dim=1) for part in parts)      # (G,)
+    factor = (squares / count + norm.eps).rsqrt()[:, None]                          # (G, 1)
+    weight, bias = (p.float().view(norm.num_groups, -1) for p in (norm.weight, norm.bias))
+    scale = (factor * weight).view(1, -1, 1, 1)                                     # (1, C, 1, 1)
+    shift = (bias - mean * factor * weight).view(1, -1, 1, 1)                       # (1, C, 1, 1)
+    return lambda strip: F.silu((strip.float() * scale + shift).to(strip.dtype))
+
+
+def _rows(height: int, x: Tensor) -> Iterator[tuple[int, int]]:
+    """First row and end of strips that divide a map of this height, of about STRIP values of x."""
+    rows = max(1, STRIP * height // x.numel())
+    return ((top, min(top + rows, height)) for top in range(0, height, rows))
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor, before: Callable[[Tensor], Tensor],
+              zoom: int = 1) -> Tensor:
+    """A 3 x 3 convolution of before(x), which is `zoom` times as large as x, in strips."""
+    height, width = zoom * x.shape[2], zoom * x.shape[3]
+    out = x.new_empty(len(x), conv.out_channels, height, width)
+    for top, end in _rows(height, x):
+        first, last = max(top - 1, 0), min(end + 1, height)      # with the rows beside the strip
+        start, stop = first // zoom, math.ceil(last / zoom)      # the same in x
+        strip = before(x[:, :, start:stop])
+        strip = strip[:, :, first - zoom * start:last - zoom * start]
+        strip = F.pad(strip, (1, 1, int(top == 0), int(end == height)))
+        out[:, :, top:end] = F.conv2d(strip, conv.weight, conv.bias)
+    return out                                                   # (1, C_out, height, width)
+
+
+def _one_in_strips(module: nn.Module, x: Tensor) -> Tensor:
+    """Apply a layer to one large picture: `in_strips` explains."""
+    if isinstance(module, ResBlock):
+        h = _convolve(module.conv1, x, _silu_norm(module.norm1, x))
+        h = _convolve(module.conv2, h, _silu_norm(module.norm2, h))
+        for top, end in _rows(x.shape[2], x):
+            h[:, :, top:end] += module.shortcut(x[:, :, top:end])
+        return h
+    if isinstance(module, Upsample):
+        return _convolve(module, x, lambda strip: F.interpolate(strip, scale_factor=2), zoom=2)
+    if isinstance(module, Downsample):
+        height = x.shape[2] // 2
+        strips = [F.pad(x[:, :, 2 * top:2 * end + 1], (0, 1, 0, int(end == height)))
+                  for top, end in _rows(height, x)]
+        return torch.cat([nn.Conv2d.forward(module, strip) for strip in strips], dim=2)
+    return module(x)
+
+
+def in_strips(levels: Iterable[Level], x: Tensor) -> Tensor:
+    """Apply levels to one picture (1, C, H, W) in strips of rows, with a third of the memory.
+
+    The convolutions see the rows beside their strip and the group norms have the statistics of the
+    whole picture, so the result is that of the whole but for rounding. Tiles that are computed on
+    their own and blended have other statistics, which shows as other colours (experiments/LOG.md).
+    """
+    for level in levels:
+        for layer in (*level.blocks, level.resample):
+            x = _one_in_strips(layer, x)
+    return x
+
+
 # ---------------------------------------------------------------- names in the released files
 
 # Own part of a name (a regular expression) -> the same part in the file. The order counts.
@@ -230,7 +303,7 @@ FLUX = {"scale": 0.3611, "shift": 0.1159}                        # its autoencod
 
 def _as_linear(*parts: Tensor) -> Tensor:
     """Join matrices, 1 x 1 convolutions or biases into one matrix or bias."""
-    return torch.cat([part.reshape(part.shape[:2]) for part in parts])
+    return concatenate(*(part.reshape(part.shape[:2]) for part in parts))
 
 
 def source_of(name: str, checkpoint: Checkpoint) -> Source:
@@ -320,6 +393,10 @@ class VAE(nn.Module):
     """Encoder and decoder. All methods compute in the dtype of the weights and keep gradients.
 
     Shapes: images (B, 3, H, W), latents (B, C, h, w) with H = h * downscale and W = w * downscale.
+
+    Without gradients, a batch whose activations would take more than `memory` bytes is computed in
+    chunks, and a picture that alone takes more in strips (`in_strips`). Both change the result by
+    rounding alone, as every other size of a batch does.
     """
 
     def __init__(self, config: VAEConfig):
@@ -333,40 +410,71 @@ class VAE(nn.Module):
         """Pixels per latent pixel, along one side."""
         return self.config.stem * 2 ** (len(self.config.block_channels) - 1)
 
-    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _within(self, memory: float, part: Encoder | Decoder, x: Tensor, size: tuple[int, int],
+                striped: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply a part to x in chunks, or `striped` to each picture, so that `memory` is kept.
+
+        size: (h, w) of the latents
+        """
+        if torch.is_grad_enabled():                              # which keep all activations anyway
+            return part(x)
+        # Measured: at the peak up to six of the largest feature maps are in memory.
+        channels = self.config.block_channels[:1 if part is self.encoder else 2]
+        pixels = (self.downscale // self.config.stem) ** 2 * math.prod(size)
+        pictures = memory / (6 * max(channels) * pixels * x.element_size())
+        if pictures < 1:
+            return torch.cat([striped(picture) for picture in x.split(1)])
+        return torch.cat([part(chunk) for chunk in x.split(int(min(pictures, len(x))))])
+
+    def moments(self, images: Tensor, memory: float = MEMORY) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the posterior, each (B, C, h, w), not normalised.
 
         images: (B, 3, H, W) in [-1, 1].
         Raises ValueError for another shape or dtype, or if H or W is no multiple of `downscale`.
         """
+        def striped(image: Tensor) -> Tensor:                    # (1, 3, H, W)
+            e = self.encoder
+            x = _convolve(e.conv_in, e.stem(image), nn.Identity())
+            x = e.mid(in_strips(e.levels, x))                  # (1, C_last, h, w)
+            return e.conv_out(F.silu(e.norm_out(x)))             # (1, 2*C, h, w)
+
         _check("images", images, 3, self.downscale)
         images = images.to(self.encoder.conv_in.weight.dtype)
-        mean, logvar = self.encoder(images).chunk(2, dim=1)      # (B, C, h, w) each
+        size = images.shape[2] // self.downscale, images.shape[3] // self.downscale
+        moments = self._within(memory, self.encoder, images, size, striped)
+        mean, logvar = moments.chunk(2, dim=1)                   # (B, C, h, w) each
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, images: Tensor, sample: bool = False,
-               generator: torch.Generator | None = None) -> Tensor:
+               generator: torch.Generator | None = None, memory: float = MEMORY) -> Tensor:
         """Normalised latents (z - shift) * scale of about unit variance, (B, C, h, w).
 
         images: as for `moments`
         sample: False: z is the mean of the posterior; True: z is drawn from it by `generator`
         """
-        z, logvar = self.moments(images)                         # (B, C, h, w) each
+        z, logvar = self.moments(images, memory)                 # (B, C, h, w) each
         if sample:
             device = generator.device if generator else z.device
             noise = torch.randn(z.shape, generator=generator, device=device)
             z = z + (0.5 * logvar).exp() * noise.to(z)
         return (z - self.config.shift) * self.config.scale
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, memory: float = MEMORY) -> Tensor:
         """Images (B, 3, H, W), nominally in [-1, 1]. No clamp: losses need the overshoot.
 
         latents: (B, C, h, w) as `encode` returns them.
         Raises ValueError for another shape or dtype.
         """
+        def striped(z: Tensor) -> Tensor:                        # (1, C, h, w)
+            d = self.decoder
+            x = in_strips(d.levels, d.mid(d.conv_in(z)))       # (1, C_first, H/stem, W/stem)
+            x = _convolve(d.conv_out, x, _silu_norm(d.norm_out, x))
+            return d.unstem(x)                                   # (1, 3, H, W)
+
         _check("latents", latents, self.config.latent_channels, 1)
         latents = latents.to(self.decoder.conv_in.weight.dtype)
-        return self.decoder(latents / self.config.scale + self.config.shift)
+        z = latents / self.config.scale + self.config.shift      # (B, C, h, w)
+        return self._within(memory, self.decoder, z, z.shape[2:], striped)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32,

@@ -40,7 +40,7 @@ from data import load_picture, to_pictures
 from jobs import Job, draw_missing, load_source, readable, save_picture
 from ranks import explain, joined_ranks
 from records import find_file, origin_of, read_lines
-from sample import add_model_options, load_pipeline
+from sample import add_flow_options, add_model_options, change_settings, load_pipeline
 
 
 # ---------------------------------------------------------------- items and names
@@ -249,6 +249,7 @@ def draw(a: argparse.Namespace) -> None:
         if ranks.world > 1:
             a.device = str(ranks.device)
         pipeline = load_pipeline(a)
+        change_settings(pipeline, a)
         if ranks.first:
             for path, text in table.texts.items():
                 write_text(path, text)
@@ -359,7 +360,8 @@ def _add_drawing(p: argparse.ArgumentParser, pictures: bool, edits: bool) -> Non
         p.add_argument("--edit-guidance", type=number(0, float), default=9.0,
                        help="weight of an instruction (default: %(default)s)")
     p.add_argument("--steps", type=number(1), default=50,
-                   help="Euler steps per picture (default: %(default)s)")
+                   help="steps per picture (default: %(default)s)")
+    add_flow_options(p)
     _add_common(p, edits)
 
 

@@ -11,83 +11,19 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
 from checkpoint import write_atomically
 from config import RunFiles
+from previews import TILE, Case, case_picture, join, text_picture
 
-TILE = 128                                          # side of an enlarged picture, in pixels
 GRID = 6                                            # most pictures in a row, most rows in a section
 SHOWN = 12                                          # most cases in a section
 
 
-class Case(NamedTuple):
-    """One example on a sheet.
-
-    pictures: (h, w, 3) uint8, each with the label under it; text: stands under all of them, in red
-    if the case is wrong.
-    """
-    pictures: Sequence[tuple[np.ndarray, str]]
-    text: str = ""
-    wrong: bool = False
-
-
 # ---------------------------------------------------------------- sheets of samples
-
-def join(pictures: Sequence[np.ndarray], axis: int, gap: int = 0) -> np.ndarray:
-    """Place pictures (h, w, 3) below each other (axis 0) or side by side (axis 1).
-
-    A white gap follows each picture; white also pads the smaller ones.
-    """
-    across = 1 - axis
-    size = max(picture.shape[across] for picture in pictures)
-    padded = []
-    for picture in pictures:
-        padding = [(0, 0), (0, 0), (0, 0)]
-        padding[axis] = (0, gap)
-        padding[across] = (0, size - picture.shape[across])
-        padded.append(np.pad(picture, padding, constant_values=255))
-    return np.concatenate(padded, axis)
-
-
-def break_lines(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
-    """Break a text between words into lines of at most `width` pixels."""
-    lines = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
-
-
-def text_picture(text: str, width: int, size: int = 12, color: str = "black") -> np.ndarray:
-    """Write a text on white, (h, width, 3) uint8; the height follows from the number of lines."""
-    font = ImageFont.load_default(size)
-    lines = break_lines(text, font, width)
-    line_height = size + 4
-    picture = Image.new("RGB", (width, line_height * len(lines)), "white")
-    draw = ImageDraw.Draw(picture)
-    for i, line in enumerate(lines):
-        draw.text((0, line_height * i), line, color, font)
-    return np.asarray(picture)
-
-
-def case_picture(case: Case) -> np.ndarray:
-    """Draw a case: its pictures, enlarged and framed, with labels and text, (h, w, 3) uint8."""
-    tiles = []
-    for picture, label in case.pictures:
-        enlarged = Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.NEAREST)
-        framed = np.asarray(ImageOps.expand(enlarged, 1, "gray"))
-        tiles.append(join([framed, text_picture(label, TILE + 2)], 0, gap=4))
-    row = join(tiles, 1, gap=10)
-    color = "crimson" if case.wrong else "black"
-    return join([row, text_picture(case.text, row.shape[1] - 10, color=color)], 0)
-
 
 def sheet(sections: Sequence[tuple[str, Sequence[Case]]]) -> Image.Image:
     """Draw sections (title, cases) below each other, each with as many columns as fit.

@@ -45,7 +45,7 @@ def test_names_of_the_files_of_a_run(tmp_path):
     assert files.folder == tmp_path
     names = {"config": "run.json", "metrics": "metrics.jsonl", "skipped": "skipped.jsonl",
              "seconds": "seconds.json", "scores": "scores.json", "report": "report.html",
-             "world": "data", "tokenizer": "tokenizer.model",
+             "world": "data", "tokenizer": "tokenizer.model", "progress": "progress.png",
              "text_encoder": "text_encoder.safetensors", "vae": "vae.safetensors",
              "teacher": "teacher"}
     assert vars(files) == {"folder": tmp_path} | {key: tmp_path / n for key, n in names.items()}
@@ -225,6 +225,11 @@ def test_a_resumed_run_may_change_little(finished):
     assert config == changed
 
 
+def test_an_estimate_needs_neither_data_nor_a_free_folder(finished):
+    config = parse_arguments(["--preset", "sd3", "--out", str(finished)], for_run=False)
+    assert config == dataclasses.replace(PRESETS["sd3"], out=str(finished))
+
+
 @pytest.mark.parametrize(
     "name", ["metrics.jsonl", "vae.safetensors", "checkpoint-00000007", "data"])
 def test_files_of_the_user_are_not_taken_for_a_run(tmp_path, capsys, name):
@@ -321,11 +326,34 @@ def test_numbers_have_ranges(tmp_path, capsys, option, value):
     assert stopped.value.code == 2 and f"--{option}" in error and "expected" in error
 
 
+@pytest.mark.parametrize(
+    "value", ["0.9,0.2", "0,nan", "-0.1,1", "0,1.5", "0.2", "0.2,0.5,0.9", "x"])
+def test_an_interval_is_two_numbers_in_order(tmp_path, capsys, value):
+    option = f"--sampling.guidance_interval={value}"
+    with pytest.raises(SystemExit):
+        parse_arguments([option, "--out", str(tmp_path / "new")])
+    error = capsys.readouterr().err
+    assert "sampling.guidance_interval" in error and "expected two numbers" in error
+
+
+def test_solver_and_guidance_interval_survive_run_json(tmp_path, capsys):
+    config = parse_arguments(["--sampling.guidance_interval", "0.2,0.9", "--sampling.solver", "ab2",
+                              "--out", str(tmp_path / "new")])
+    write_config(config, tmp_path / "new")
+    sampling = read_config(tmp_path / "new" / "run.json").sampling
+    assert (sampling.solver, sampling.guidance_interval) == ("ab2", (0.2, 0.9))
+    with pytest.raises(SystemExit):
+        parse_arguments(["--sampling.solver", "heun", "--out", str(tmp_path / "other")])
+    assert "sampling.solver heun: expected euler or ab2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments, named", [
     (["--muon_lr", "0", "--muon_every", "2"], "--muon_every"),
     (["--cross_weight", "0", "--cross_temperature", "0.1"], "--cross_temperature"),
     (["--cross_weight", "0", "--cross_unseen", "true"], "--cross_unseen"),
     (["--intrinsic_weight", "0", "--align_depth", "1"], "--align_depth"),
+    (["--init_blocks", "2"], "--init_blocks"),
+    (["--sample_every", "0", "--sample_prompts", "x.txt"], "--sample_prompts"),
     (["--mask_token", "x.pth"], "--mask_token"), (["--new_data", "true"], "--new_data"),
     (["--model.vocab_size", "99"], "--model.vocab_size"),
     (["--text_encoder.mask_id", "9"], "--text_encoder.mask_id")])

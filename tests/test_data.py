@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms, TiffImagePlugin
+from torch.utils.data._utils.pin_memory import pin_memory
 
 import data
 from buckets import Buckets, aspects_of, bucket_shapes
@@ -1147,6 +1148,17 @@ def test_an_index_in_loader_processes(folder):
             multiprocessing_context=context)
         for batch, indices in zip(loader, take(order, 6)):
             assert same(Batch(*batch), dataset.__getitems__(indices))
+
+
+def test_the_loader_pins_whole_batches(folder, monkeypatch):
+    """Tuples in it stay tuples, which torch's own way would turn into lists."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x.clone())
+    batch = Batch("any", torch.zeros(1), None, None, torch.ones(1), None,
+                  (torch.zeros(2), torch.ones(2)), ("a caption",))
+    copy = pin_memory(batch)
+    assert type(copy) is Batch and copy.captions == batch.captions and len(pinned) == 4
+    assert type(copy.features) is tuple and torch.equal(copy.features[1], torch.ones(2))
 
 
 def test_batches_keep_their_strings_on_a_device(folder):

@@ -416,6 +416,27 @@ def test_nan_names_the_records_of_the_step(finished, starter, tmp_path, world):
     assert assert_whole(run) == 2
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_nan_is_found_before_the_next_save(finished, starter, tmp_path, world):
+    """With rare lines of metrics: it names the step of the NaN, and nothing of it is written."""
+    run, data = tmp_path / "run", write_pairs(tmp_path, 16)
+    arguments = options(finished, data, "--out", run, "--batch_size", "2", "--log_every", "100",
+                        "--save_every", "4", "--steps", "20", "--keep", "7")
+    ranks = starter.start_ranks(world, *arguments, faults={world - 1: ["NaN in step", 4]})
+    assert [rank.wait() for rank in ranks] == [1] * world
+    group = Group("text_to_image", range(16), 1.0)
+    expected = {f"{data}, line {i + 1}" for rank in range(world)
+                for i in next(iter(BatchOrder([group], 2, 0, rank, world, start=4)))}
+    for rank in ranks:
+        message = rank.error()
+        assert "step 4:" in message and "checkpoint-00000004" in message
+        assert set(re.findall(re.escape(str(data)) + r", line \d+", message)) == expected
+    assert assert_whole(run) == 4 and not RunFiles(run).kept(7).exists()
+    assert not RunFiles(run).metrics.exists()
+    for name, tensor in weights(run).items():
+        assert tensor.isfinite().all(), name
+
+
 # ---------------------------------------------------------------- gradients of several ranks
 
 GLOBAL_BATCH = 8
@@ -501,12 +522,14 @@ def test_resume_on_other_ranks(finished, starter, tmp_path):
     """The same global batch goes on and says so; another one is refused, with the reason."""
     run = tmp_path / "run"
     starter.run(*options(finished, write_pairs(tmp_path)), "--steps", "2", "--out", run)
+    shapes = {name: tensor.shape for name, tensor in weights(run).items()}
     resume = "--resume", "--out", run, "--steps"
     for rank in starter.start_ranks(2, *resume, "4"):
         assert rank.wait() == 1
         assert "global batch 8, not 4" in rank.error() and "--batch_size" in rank.error()
     ranks = starter.start_ranks(2, *resume, "4", "--batch_size", "2")
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text()
+    assert shapes == {name: tensor.shape for name, tensor in weights(run).items()}
     assert "resumed by 2 ranks, before 1" in ranks[0].text()
     assert "global batch of 4" in ranks[0].text() and "global batch" not in ranks[1].text()
     again = starter.start(*resume, "6", "--batch_size", "2")

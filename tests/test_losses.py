@@ -6,7 +6,7 @@ from conftest import golden
 
 import losses
 from losses import (contrastive_loss, flow_matching_loss, intrinsic_loss, masked_token_loss,
-                    total_loss)
+                    sum_over_all_positions, total_loss)
 
 _, IN, OUT, _ = golden("losses")
 
@@ -66,6 +66,18 @@ def test_only_masked_positions_count_and_the_mask_token_is_no_answer():
     logits[~IN["mask"]] = torch.nan                              # never read
     logits[..., -1] = 1e4                                        # no probability for the mask token
     close(masked_token_loss(logits, IN["x0"], IN["mask"], IN["t"]), OUT["masked_token_loss"])
+
+
+@pytest.mark.parametrize("counted", [IN["mask"], torch.zeros_like(IN["mask"])])
+def test_the_form_of_a_gpu_has_the_same_value_and_gradient(counted):
+    results = []
+    for loss in (masked_token_loss, sum_over_all_positions):
+        logits = IN["logits"].clone().requires_grad_()
+        value = loss(logits, IN["x0"], counted, IN["t"])
+        value.backward()
+        results.append((value.detach(), logits.grad))
+    close(results[1][0], OUT["masked_token_loss"] if counted.any() else 0.0)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
 
 
 def test_nothing_masked_is_zero_with_a_gradient():

@@ -746,3 +746,12 @@ def test_positions_are_computed_on_the_cpu():
     with torch.device("meta"):
         table = sincos_positions(12, 32, 64 / 12)
     assert table.device.type == "cpu" and torch.equal(table, expected)
+
+
+def test_a_model_needs_the_width_of_t5():
+    """text_dim 0 is for presets: a run puts the width of its T5 there."""
+    config = MMDiTConfig(**SIZES | {"text_dim": 0})
+    with pytest.raises(ValueError, match="text_dim 0"):
+        MMDiT(config)
+    with pytest.raises(ValueError, match="positive"):
+        MMDiTConfig(**SIZES | {"text_dim": -1})

@@ -12,14 +12,16 @@ from PIL import Image
 import experiments.parts
 import run_folder
 import train
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, save
 from config import PRESETS, RunFiles, parse_arguments, parts_of, read_config
 from model import MMDiT
 from run_folder import (Features, Metrics, Skipped, allowed_skips, check_resume, describe_shapes,
-                        describe_tasks, features_folder, load_optimizers, load_tasks,
-                        missing_parts, read_seconds, save_checkpoint, teacher_features, timed)
+                        describe_tasks, encode_in_chunks, every_nth_block, features_folder,
+                        load_models, load_optimizers, load_tasks, missing_parts, read_seconds,
+                        save_checkpoint, t5_dtype, teacher_features, timed)
 from teacher import load_teacher
-from text_encoder import T5Tokenizer
+from text_encoder import T5Config, T5Encoder, T5Tokenizer
+from vae import VAE, VAEConfig
 
 CPU = torch.device("cpu")
 
@@ -282,7 +284,7 @@ def test_checkpoints_of_the_user_stay(finished, tmp_path):
     shutil.copytree(finished / "checkpoint-00000006", copy)
     model = MMDiT.from_pretrained(copy / "model.safetensors")
     for step in (1, 2):
-        save_checkpoint(tmp_path, step, 0.0, model, model, [], {}, world=1, data="x")
+        save_checkpoint(tmp_path, step, 0.0, model, model, {}, {}, world=1, data="x")
     assert RunFiles(tmp_path).checkpoints() == [tmp_path / "checkpoint-00000002"]
     assert sorted(p.name for p in copy.iterdir()) == [
         "ema.safetensors", "model.safetensors", "optimizer.safetensors"]
@@ -290,7 +292,7 @@ def test_checkpoints_of_the_user_stay(finished, tmp_path):
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(finished, tmp_path, monkeypatch):
     model = MMDiT.from_pretrained(finished / "checkpoint-00000006" / "model.safetensors")
-    save_checkpoint(tmp_path, 1, 0.0, model, model, [], {}, world=1, data="x")
+    save_checkpoint(tmp_path, 1, 0.0, model, model, {}, {}, world=1, data="x")
     real = run_folder.save
 
     def full(path: Path, *arguments, **metadata):
@@ -300,7 +302,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(finished, tmp_p
 
     monkeypatch.setattr(run_folder, "save", full)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, 2, 0.0, model, model, [], {}, world=1, data="x")
+        save_checkpoint(tmp_path, 2, 0.0, model, model, {}, {}, world=1, data="x")
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-00000001"]
 
 
@@ -321,6 +323,55 @@ def test_where_a_checkpoint_was(finished):
     model = MMDiT.from_pretrained(folder / "model.safetensors")
     progress = load_optimizers(train.make_optimizers(model, PRESETS["mini"]), folder)
     assert progress.step == 6 and progress.seconds > 0 and progress.metrics == {}
+
+
+def test_a_rank_reads_the_state_of_its_own_parameters(finished):
+    """Also of Muon's older checkpoints, in which its counter had another name."""
+    folder = finished / "checkpoint-00000006"
+    model = MMDiT.from_pretrained(folder / "model.safetensors")
+    optimizers = train.make_optimizers(model, PRESETS["mini"])
+    matrix = model.blocks[0].image.qkv.weight
+    owned = {matrix, model.patch_embed.weight}
+    load_optimizers(optimizers, folder, owned)
+    assert set().union(*(optimizer.state for optimizer in optimizers)) == owned
+    assert optimizers[1].state[matrix]["step"] == 6
+
+
+def test_only_the_first_rank_reads_weights(finished):
+    """The others have room for those that it sends, and no average."""
+    config = replace(read_config(finished / "run.json"), init=str(finished))
+    first, average = load_models(config, 0, None, CPU)
+    other, none = load_models(config, 0, None, CPU, first=False)
+    assert none is None and average is not first
+    shapes = {name: x.shape for name, x in first.state_dict().items()}
+    assert shapes == {name: x.shape for name, x in other.state_dict().items()}
+    assert other.config == first.config and not other.patch_embed.weight.is_meta
+    assert all(torch.equal(x, y) for x, y in zip(first.parameters(), average.parameters()))
+
+
+# ---------------------------------------------------------------- frozen parts
+
+@pytest.mark.parametrize("width, autocast, expected", [
+    (512, True, torch.bfloat16), (512, False, torch.float32), (128, True, torch.float32)])
+def test_a_large_t5_is_in_bfloat16_beside_autocast(tmp_path, width, autocast, expected):
+    config = T5Config(vocab_size=40, dim=width, head_dim=8, ff_dim=16, depth=1, num_heads=2)
+    file = tmp_path / "t5.safetensors"
+    save(file, T5Encoder(config).state_dict(), config)
+    assert t5_dtype(replace(PRESETS["tiny"], autocast=autocast), file, CPU) == expected
+
+
+def test_encoding_in_chunks_is_that_of_all(monkeypatch):
+    """The same noise, too."""
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(block_channels=(16, 16), layers_per_block=1, norm_groups=4))
+    images, sizes = torch.rand(5, 3, 32, 48) * 2 - 1, []
+    whole = vae.encode(images, sample=True, generator=torch.Generator().manual_seed(1))
+    real = vae.encode
+    monkeypatch.setattr(vae, "encode", lambda x, **how: sizes.append(len(x)) or real(x, **how))
+    monkeypatch.setattr(run_folder, "CHUNK", 2 * 32 * 48 + 1)
+    parts = encode_in_chunks(vae, images, sample=True, generator=torch.Generator().manual_seed(1))
+    assert sizes == [2, 2, 1] and parts.dtype == torch.float32
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------- skipped records
@@ -365,3 +416,35 @@ def test_ranks_count_a_skipped_record_once(tmp_path):
     (0.01, 50, 1), (0.01, 1000, 10), (0.0, 1000, 0), (1.0, 7, 7)])
 def test_how_many_may_be_skipped(share, count, allowed):
     assert allowed_skips(share, count) == allowed
+
+
+# ---------------------------------------------------------------- initial weights
+
+@pytest.mark.parametrize("depth, n, kept", [
+    (24, 2, [0, 2, 4, 6, 8, 10, 13, 15, 17, 19, 21, 23]), (4, 2, [0, 3]), (5, 1, [0, 1, 2, 3, 4]),
+    (3, 3, [0]), (2, 5, [0])])
+def test_every_nth_block(depth, n, kept):
+    config = replace(PRESETS["mini"].model, width=8, depth=depth, num_heads=2, vocab_size=20)
+    model = MMDiT(config)
+    blocks = list(model.blocks)
+    thin = every_nth_block(model, n)
+    assert [blocks.index(block) for block in thin.blocks] == kept
+    assert thin.config == replace(config, depth=len(kept))
+
+
+def test_init_blocks_of_a_checkpoint(finished):
+    """The average starts as the model does; all but the other blocks is as in the checkpoint."""
+    config = replace(PRESETS["mini"], init=str(finished), init_blocks=2)
+    whole = MMDiT.from_pretrained(RunFiles(finished).averaged_weights()).state_dict()
+    model, average = load_models(config, 0, None, CPU)
+    assert model.config.depth == 1 and len(model.blocks) == 1
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, whole[name]) and torch.equal(tensor, average.state_dict()[name])
+
+
+def test_a_fresh_model_takes_the_width_of_t5():
+    config = replace(PRESETS["small"], model=replace(
+        PRESETS["small"].model, width=16, depth=1, num_heads=2, position_table=4))
+    assert load_models(config, 30, None, CPU, True, 24)[0].config.text_dim == 24
+    given = replace(config, model=replace(config.model, text_dim=40))
+    assert load_models(given, 30, None, CPU, True, 24)[0].config.text_dim == 40

@@ -173,6 +173,72 @@ def test_image_guidance_moves_from_no_references_to_the_references_and_beyond():
     assert without.batch_sizes == [4] * 3
 
 
+class Polynomial(Recorder):
+    """Its velocity is a polynomial of sigma, times the first value of the text."""
+    def __init__(self, *coefficients):
+        super().__init__()
+        self.coefficients = coefficients
+
+    def __call__(self, latents, text, timestep, references=(), align_depth=None,
+                 want=("velocity", "logits")):
+        out = super().__call__(latents, text, timestep, references, align_depth, want)
+        sigma = timestep.view(-1, 1, 1, 1) / 1000
+        factor = sum(c * sigma ** i for i, c in enumerate(self.coefficients))
+        return out._replace(velocity=out.velocity * factor)
+
+
+def errors(coefficients, steps_list, **options):
+    """Errors of drawing along a known velocity, the integral of the polynomial from 1 to 0."""
+    exact = NOISE - 3 * sum(c / (i + 1) for i, c in enumerate(coefficients))
+    for steps in steps_list:
+        model = Polynomial(*coefficients)
+        latents = generate(model, NOISE, TEXT, EMPTY, steps, 1.0, shift=1.0, **options)
+        assert len(model.calls) == steps                        # no more passes than Euler
+        yield (latents - exact).abs().max().item()
+
+
+def test_ab2_is_exact_along_a_line_after_its_first_step():
+    sigmas = flow_sigmas(5, 3.0)
+    first = (sigmas[1] - sigmas[0]) ** 2 / 2                    # Euler's error along v = sigma
+    latents = generate(Polynomial(1.0, 2.0), NOISE, TEXT, EMPTY, 5, 1.0, solver="ab2")
+    close(latents, NOISE - 3 * (1 + 1) - 3 * 2 * first, atol=1e-5)
+
+
+def test_ab2_is_of_second_order():
+    """Twice the steps: half of Euler's error, a quarter of ab2's."""
+    coefficients = 0.5, 2.0, 3.0
+    few, many = errors(coefficients, [20, 40])
+    assert 1.8 < few / many < 2.2
+    few, many = errors(coefficients, [20, 40], solver="ab2")
+    assert 3.5 < few / many < 4.5
+
+
+def test_guidance_in_an_interval_of_sigma():
+    model, sigmas = Recorder(), flow_sigmas(8)
+    latents = generate(model, NOISE, TEXT, EMPTY, 8, 7.0, guidance_interval=(0.3, 0.9))
+    inside = [0.3 <= sigma <= 0.9 for sigma in sigmas[:-1].tolist()]
+    assert 0 < sum(inside) < 8
+    assert model.batch_sizes == [4 if guided else 2 for guided in inside]
+    v = torch.where(torch.tensor(inside), 1 + 7 * (3 - 1), 3)
+    close(latents, NOISE - (v * -sigmas.diff()).sum())
+    # ab2 keeps to it: v jumps where guidance sets in and ends
+    close(generate(Recorder(), NOISE, TEXT, EMPTY, 8, 7.0, solver="ab2",
+                   guidance_interval=(0.3, 0.9)), latents)
+
+
+def test_no_image_guidance_outside_of_the_interval():
+    model, references = Sum(), [torch.randn(2, 16, 4, 4)]
+    latents = generate(model, NOISE, TEXT, EMPTY, 3, 7.0, references=references,
+                       image_guidance=1.5, guidance_interval=(0.0, 0.0))
+    close(latents, NOISE - (3 + 10))
+    assert model.batch_sizes == [2] * 3
+
+
+def test_unknown_solver():
+    with pytest.raises(ValueError, match="solver = 'heun'.*euler"):
+        generate(Recorder(), NOISE, TEXT, EMPTY, 3, solver="heun")
+
+
 def test_the_state_stays_float32_for_a_bfloat16_model():
     model, text = Recorder(), torch.full((1, 5, 8), 1 / 3)
     latents = generate(model, torch.randn(1, 16, 4, 4), text.bfloat16(),
@@ -236,7 +302,7 @@ def test_confident_tokens_come_first_and_equally_many_per_step():
             assert revealed(row) == set(order[:2 * step])
     assert len(fake.states) == 4
     latents, timestep, want = fake.seen[0]
-    assert timestep.tolist() == [0, 0] and want == ("logits",)      # clean images, the text head
+    assert timestep.tolist() == [0, 0] and list(want) == ["logits"]  # clean images, the text head
 
 
 def test_tokens_on_the_left_come_first():
@@ -692,6 +758,20 @@ def test_out_names_a_file_or_a_folder(run, inside, capsys):
     assert np.array_equal(pixels("folder/0001.png"), pixels("deep/er/circle.png"))  # the same seed
     main([PROMPT, "--run", str(run), "--out", "folder", "--seed", "1"])
     assert not np.array_equal(pixels("folder/0001.png"), pixels("folder/0002.png"))
+
+
+def test_solver_and_guidance_interval_on_the_command_line(run, inside):
+    options = ["--solver", "ab2", "--guidance-interval", "0.2", "0.9"]
+    main([PROMPT, "--run", str(run), "--seed", "3", "--out", "x.png", *options])
+    main([PROMPT, "--run", str(run), "--seed", "3", "--out", "y.png"])
+    pipeline = with_settings(Pipeline.from_run(run), solver="ab2", guidance_interval=(0.2, 0.9))
+    [expected] = to_pictures(pipeline.draw([PROMPT], 3))
+    assert np.array_equal(pixels("x.png"), expected)
+    assert not np.array_equal(pixels("y.png"), expected)
+    settings = settings_of("x.png")
+    assert settings["solver"] == "ab2" and settings["guidance_interval"] == [0.2, 0.9]
+    assert not {"solver", "guidance_interval"} & settings_of("y.png").keys()
+    stopped([PROMPT, "--run", str(run), "--out", "z.png", "--guidance-interval", "0.9", "0.2"])
 
 
 def test_prompts_from_a_file(run, inside, capsys):

@@ -573,3 +573,61 @@ def test_what_is_no_sentencepiece_model_is_named(tmp_path, content, words):
     folder(tmp_path)
     with pytest.raises(ValueError, match=f"x.model: cannot read a mask token .*{words}"):
         T5Encoder.from_pretrained(tmp_path, mask_token=tmp_path / "x.model", mask_id=299)
+
+
+# ---------------------------------------------------------------- weights that stay in fp8
+
+def test_fp8_weights_stay_as_they_are_stored(tmp_path):
+    """Unscaled, or scaled with one factor for a matrix, which is then one for each row."""
+    weights, inputs, _, _ = golden("t5_encoder")
+    stored, scaled = {}, {}
+    for name, tensor in weights.items():
+        stored[name] = tensor.to(torch.float8_e4m3fn)
+        scaled[name] = stored[name]
+        if "SelfAttention" in name and "bias" not in name or "DenseReluDense" in name:
+            scaled[name.removesuffix("weight") + "scale_weight"] = torch.tensor(0.37)
+    for name, tensors in (("stored", stored), ("scaled", scaled)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        kept = T5Encoder.from_pretrained(tmp_path / f"{name}.safetensors", float8=True)
+        upcast = T5Encoder.from_pretrained(tmp_path / f"{name}.safetensors")
+        matrix = kept.blocks[1].attention.qkv
+        expected = [stored[f"{ATTENTION_1}{part}.weight"].float() for part in "qkv"]
+        assert torch.equal(matrix.weight.float(), torch.cat(expected))
+        assert set(matrix.scale.tolist()) == {torch.tensor(0.37 if name == "scaled" else 1).item()}
+        torch.testing.assert_close(kept(inputs["ids"]), upcast(inputs["ids"]), rtol=0, atol=2e-5)
+
+
+def test_other_weights_are_cast_row_by_row(tmp_path):
+    folder(tmp_path)
+    weights, inputs, _, _ = golden("t5_encoder")
+    kept = T5Encoder.from_pretrained(tmp_path, dtype=torch.bfloat16, float8=True)
+    plain = T5Encoder.from_pretrained(tmp_path)
+    for block, own in zip(kept.blocks, plain.blocks):
+        for matrix, exact in ((block.attention.qkv, own.attention.qkv),
+                              (block.feed_forward.out, own.feed_forward.out)):
+            assert matrix.weight.dtype == torch.float8_e4m3fn
+            assert (matrix.weight.float().abs().amax(dim=1) == 448).all()       # the largest
+            error = (matrix.weight.float() * matrix.scale[:, None] - exact.weight).abs()
+            # three bits after the first one; below 2^-6 of the factor the steps are even
+            assert (error <= exact.weight.abs() / 16 + matrix.scale[:, None] / 1024).all()
+    assert kept.embedding.weight.dtype == kept.norm_out.weight.dtype == torch.bfloat16
+    out, expected = kept(inputs["ids"]), plain(inputs["ids"])
+    assert out.dtype == torch.bfloat16
+    error = (out.float() - expected).norm() / expected.norm()
+    assert 0.02 < error < 0.15               # bfloat16 alone: 0.016
+
+
+def test_fp8_values_that_are_not_finite_are_refused(tmp_path):
+    for value in (torch.nan, torch.inf):
+        weights = golden("t5_encoder")[0]
+        weights[f"{ATTENTION_1}k.weight"][0, 0] = value
+        save_file(weights, tmp_path / "x.safetensors")
+        with pytest.raises(ValueError, match="SelfAttention.k.weight.* holds NaN or infinity"):
+            T5Encoder.from_pretrained(tmp_path / "x.safetensors", float8=True)
+
+
+def test_the_range_of_ids_on_a_gpu_is_not_read():
+    """Reading it would wait for the GPU. The meta device refuses to be read, too."""
+    with torch.device("meta"):
+        encoder = T5Encoder(TINY)
+    assert encoder(torch.zeros(1, 4, dtype=torch.int64, device="meta")).shape == (1, 4, 128)

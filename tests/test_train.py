@@ -1,4 +1,5 @@
 """train.py: exact resume, ranks, signals, the objective, and a miniature of the main job."""
+import contextlib
 import json
 import math
 import os
@@ -10,16 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import LOOP, QUICK, STEPS, losses, metrics, part_options
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from checkpoint import Checkpoint
 from config import PRESETS, RunFiles, TrainConfig, read_config
 from data import Batch
-from losses import contrastive_loss
+from losses import contrastive_loss, masked_token_loss, sum_over_all_positions
 from model import MMDiT, MMDiTConfig
-from run_folder import load_models
+from muon import Muon
+from run_folder import load_models, optimizer_state
 from text_encoder import T5Config, T5Encoder
 
 ROOT = Path(__file__).parent.parent
@@ -251,6 +256,93 @@ def test_clipping_sees_the_mean_gradient(tmp_path, monkeypatch):
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 
+# ---------------------------------------------------------------- waiting for a GPU
+
+class Waits(TorchDispatchMode):
+    """Record the operations whose result a GPU has to send before the CPU goes on."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+        self.paused = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        waits = name in ("_local_scalar_dense", "nonzero", "equal", "masked_select", "lift_fresh")
+        if name in ("index", "index_put", "index_put_"):
+            waits = any(x is not None and x.dtype == torch.bool for x in args[1])
+        if waits and not self.paused:
+            self.names.add(name)
+        return function(*args, **(kwargs or {}))
+
+    def excuse(self, monkeypatch, owner, name: str, calls: list[str]) -> None:
+        """Let a function wait, and count its calls."""
+        real = getattr(owner, name)
+
+        def function(*arguments, **named):
+            calls.append(name)
+            self.paused += 1
+            try:
+                return real(*arguments, **named)
+            finally:
+                self.paused -= 1
+
+        monkeypatch.setattr(owner, name, function)
+
+
+def test_waits_are_recorded():
+    mask, logits, zeros = torch.tensor([[True, False]]), torch.randn(1, 2, 5), torch.zeros(1, 2)
+    cases = {
+        "nonzero": lambda: masked_token_loss(logits, zeros.long(), mask, torch.ones(1)),
+        "index": lambda: logits[mask], "_local_scalar_dense": lambda: bool(zeros.sum() > 0),
+        "lift_fresh": lambda: torch.tensor([3])}
+    for name, act in cases.items():
+        with Waits() as waits:
+            act()
+        assert name in waits.names
+    with Waits() as waits:
+        sum_over_all_positions(logits, zeros.long(), mask, torch.ones(1)).isfinite()
+    assert not waits.names
+
+
+def test_no_step_waits_for_the_device_but_where_it_writes(finished, tmp_path, monkeypatch):
+    """Every task, with pictures that are encoded in the step. T5 checks its ids on a CPU alone."""
+    waits, calls = Waits(), []
+    monkeypatch.setattr(train, "masked_token_loss", lambda logits, tokens, mask, t, answer:
+                        sum_over_all_positions(logits, tokens, mask & answer, t))
+    for owner, name in ((train.Tasks, "__getitems__"), (T5Encoder, "forward"),
+                        (train, "check_norms"), (train.Metrics, "write"),
+                        (train, "save_checkpoint")):
+        waits.excuse(monkeypatch, owner, name, calls)
+    real = train.load_batches
+
+    def load_batches(*arguments):               # the loop alone, from its second step on
+        batches = real(*arguments)
+        yield next(batches)
+        with waits:
+            yield from batches
+
+    monkeypatch.setattr(train, "load_batches", load_batches)
+    run = tmp_path / "run"
+    train.main([*LOOP, *part_options(finished), "--data", str(finished / "data"), "--out", str(run),
+                "--weights", "*=1", "--cache_latents", "false", "--muon_lr", "0", "--steps", "14",
+                "--log_every", "7", "--save_every", "100"])
+    assert tasks_of(run) == set(TASKS) and waits.names == set()
+    assert calls.count("check_norms") == calls.count("write") == 2
+    assert calls.count("save_checkpoint") == 1 and calls.count("__getitems__") == 14
+
+
+def test_counters_of_muon_stay_in_host_memory():
+    """In a resumed run, too: each would be waited for."""
+    before = Muon([torch.nn.Parameter(torch.ones(4, 4))], lr=0.1)
+    before.param_groups[0]["params"][0].grad = torch.ones(4, 4)
+    before.step()
+    after = Muon([torch.nn.Parameter(torch.ones(4, 4, device="meta"))], lr=0.1)
+    after.load_state_dict(before.state_dict())
+    [state] = after.state.values()
+    assert state["momentum_buffer"].is_meta and state["step"].device.type == "cpu"
+
+
 # ---------------------------------------------------------------- ranks
 
 def torchrun(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -289,6 +381,97 @@ def test_one_rank_may_train_the_teacher_alone(monkeypatch):
     assert contrastive_loss(x, x, gather=False).isfinite()
     with pytest.raises(TypeError):
         contrastive_loss(x, x)
+
+
+# ---------------------------------------------------------------- divided optimizers
+
+def bytes_of(tensors) -> int:
+    """The memory of tensors, in which those that share it count once."""
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def train_divided(rank: int, world: int, folder: str) -> None:
+    """Three steps of two micro batches, the same on every rank; keep weights, state and bytes."""
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    ranks = train.Ranks(rank, world, torch.device("cpu"))
+    config = replace(CONFIG, muon_lr=0.02, muon_every=2, lr=1e-3, cross_weight=0.0)
+    pair, model = corrupted(config)
+    question, _ = corrupted(config, draws=False)
+    parameters, optimizers = train.Parameters(model, ranks), train.make_optimizers(model, config)
+    objective = train.Objective(model, config)
+    if world > 1:
+        objective = DistributedDataParallel(
+            objective, find_unused_parameters=True, forward_sync_buffers=False,
+            gradient_as_bucket_view=True)
+    held = []
+    for step, micro_batches in enumerate([(pair, pair), (question, question), (pair, question)]):
+        for micro, c in enumerate(micro_batches):
+            waits = world > 1 and step > 0 and micro == 0
+            with objective.no_sync() if waits else contextlib.nullcontext():
+                objective(c)["loss"].backward()
+            held.append(bytes_of(p.grad for p in model.parameters() if p.grad is not None))
+        parameters.update(optimizers, parameters.clip(1.0))
+    state = {name: value.clone() for name, value in optimizer_state(optimizers).items()}
+    sizes = {"weights": bytes_of(model.parameters()), "gradients": max(held),
+             "state": bytes_of(state.values())}
+    torch.save((model.state_dict(), ranks.unite(state), sizes), f"{folder}/{world}-{rank}.pt")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def test_each_rank_keeps_its_share_of_the_optimizer(tmp_path):
+    """Two and four ranks have the weights and the state of one, bit for bit, in less memory."""
+    train_divided(0, 1, str(tmp_path))
+    weights, state, alone = torch.load(tmp_path / "1-0.pt")
+    assert alone["state"] > 1.3 * alone["weights"]              # two of AdamW, one of Muon
+    for world in (2, 4):
+        (tmp_path / "meeting").unlink(missing_ok=True)
+        torch.multiprocessing.spawn(train_divided, (world, str(tmp_path)), nprocs=world)
+        for rank in range(world):
+            theirs, united, sizes = torch.load(tmp_path / f"{world}-{rank}.pt")
+            assert theirs.keys() == weights.keys()
+            assert all(torch.equal(theirs[name], weights[name]) for name in weights)
+            assert sizes["state"] < 1.25 * alone["state"] / world
+            # in DDP's buckets alone; a head that a step does not train is made anew
+            assert sizes["gradients"] < 1.15 * sizes["weights"]
+            assert united.keys() == (state.keys() if rank == 0 else set())
+            assert all(torch.equal(united[name], state[name]) for name in united)
+
+
+def test_shares_are_even():
+    owners = train.owners_of([5, 40, 5, 30, 10, 10], 2)
+    assert owners[1] != owners[3] and owners == train.owners_of([5, 40, 5, 30, 10, 10], 2)
+    loads = [sum(size for size, owner in zip([5, 40, 5, 30, 10, 10], owners) if owner == rank)
+             for rank in range(2)]
+    assert loads == [50, 50]
+    with torch.device("meta"):
+        sizes = [p.numel() for p in MMDiT(PRESETS["sd3"].model).parameters()]
+    owners = train.owners_of(sizes, 8)
+    loads = [sum(s for s, owner in zip(sizes, owners) if owner == rank) for rank in range(8)]
+    assert max(loads) < 1.01 * min(loads)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_leaves_the_weights(value):
+    config = replace(CONFIG, muon_lr=0.02, lr=1e-3)
+    _, model = corrupted(config)
+    ranks = train.Ranks(0, 1, torch.device("cpu"))
+    parameters, optimizers = train.Parameters(model, ranks), train.make_optimizers(model, config)
+    for is_bad in (False, True):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        if is_bad:
+            p.grad[0] = value
+        norm = parameters.clip(1.0)
+        parameters.update(optimizers, norm)
+        same = [torch.equal(p, before[name]) for name, p in model.named_parameters()]
+        assert (all(same) if is_bad else not any(same)) and norm.isfinite() == (not is_bad)
 
 
 # ---------------------------------------------------------------- corruption and objective

@@ -195,6 +195,56 @@ def test_reconstruct_prints_the_psnr(tmp_path, capsys):
     assert np.array_equal(np.array(Image.open(tmp_path / "out.png")), np.full((16, 32, 3), 255))
 
 
+# ---------------------------------------------------------------- large batches, large pictures
+
+class Calls:
+    """Counts the pictures of each call of a module."""
+    def __init__(self, module):
+        self.sizes = []
+        module.register_forward_pre_hook(lambda module, inputs: self.sizes.append(len(inputs[0])))
+
+
+@torch.no_grad()
+def test_a_batch_in_chunks_is_the_whole_batch(tmp_path):
+    vae = VAE.from_pretrained(diffusers_folder(tmp_path))
+    images = torch.rand(5, 3, 32, 48) * 2 - 1
+    latents = vae.encode(images)
+    whole = vae.decode(latents)
+    decoded, encoded = Calls(vae.decoder), Calls(vae.encoder)
+    # six maps of 16 (decoder) and 8 channels (encoder) of 32 x 48 float32
+    close(vae.decode(latents, memory=2 * 6 * 16 * 32 * 48 * 4), whole)
+    close(vae.encode(images, memory=2 * 6 * 8 * 32 * 48 * 4), latents)
+    assert decoded.sizes == encoded.sizes == [2, 2, 1]
+    vae.decode(latents)
+    vae.decode(latents, memory=float("inf"))
+    assert decoded.sizes[3:] == [5, 5]
+    with torch.enable_grad():               # the activations are kept, so chunks would save nothing
+        assert vae.decode(latents, memory=1).requires_grad
+    assert decoded.sizes[5:] == [5]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strip", [8, 700, 3000])
+@pytest.mark.parametrize("size", [(40, 24), (8, 8), (72, 16)])
+def test_a_large_picture_in_strips_is_the_whole_picture(tmp_path, monkeypatch, strip, size):
+    """Another picture at the top than at the bottom, so that each strip has other statistics."""
+    monkeypatch.setattr("vae.STRIP", strip)
+    torch.manual_seed(0)
+    reference = VAE.from_pretrained(diffusers_folder(tmp_path))
+    tiny = VAE(TINY)
+    for block in tiny.modules():
+        if isinstance(block, ResBlock):
+            torch.nn.init.normal_(block.conv2.weight, std=0.1)
+    for vae in (reference, tiny):
+        images = torch.rand(2, 3, *size) * 2 - 1
+        images[:, :, :size[0] // 2] *= 0.1
+        latents = vae.encode(images)
+        encoded, decoded = vae.encode(images, memory=1), vae.decode(latents, memory=1)
+        torch.testing.assert_close(encoded, latents, rtol=0, atol=5e-5)
+        torch.testing.assert_close(decoded, vae.decode(latents), rtol=0, atol=5e-5)
+        assert decoded.std() > 0.05
+
+
 # ---------------------------------------------------------------- checkpoints that do not fit
 
 def test_missing_superfluous_and_misshapen_tensors(tmp_path):
