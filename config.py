@@ -75,6 +75,9 @@ class SampleSettings:
         "that fewer steps do")
     guidance_interval: tuple[float, float] = option(
         (0.0, 1.0), "lowest and highest sigma with guidance; the steps outside are half the work")
+    text_only_length: int = option(
+        0, "tokens of a text without a picture, such as a plan with its prompt; 0: text_length",
+        least=0)
 
     def __post_init__(self):
         if self.order not in ("", *ORDERS):
@@ -186,6 +189,12 @@ class TrainConfig:
         False, "recompute blocks in the backward pass: less memory, a quarter slower")
     cache_latents: bool = option(
         False, "encode every picture once at the start and keep the mean latents in memory")
+    own_sources: float = option(
+        0.0, "share of the captioned source pictures that the averaged weights redraw late in the "
+        "training, so that the model learns to edit its own results; needs --cache_latents; 0: "
+        "none", least=0, most=1)
+    own_sources_after: float = option(
+        0.7, "share of the steps after which they are drawn and used", least=0, below=1)
     workers: int = option(4, "processes that load pictures", least=0)
     max_skipped: float = option(
         0.01, "end the run when more than this share of the records could not be used (one always "
@@ -211,31 +220,32 @@ class TrainConfig:
 
 TINY = TrainConfig(
     out="runs/tiny",
-    weights="text_to_image=5,edits=12.6,edges=1.8,depth=0.3,pose=0.5,personalisation=2,"
-            "questions=6.5",
+    weights="text_to_image=4,partial=3,plan=3,edits=12.6,edges=1.8,depth=0.3,pose=1.5,"
+            "personalisation=2,questions=6.5",
     captioned="text_to_image",
     model=MMDiTConfig(                      # vocab_size becomes that of the tokenizer trained here
-        width=128, depth=4, num_heads=4, text_dim=128, position_table=8, text_positions=32,
+        width=128, depth=4, num_heads=4, text_dim=128, position_table=8, text_positions=48,
         qk_norm=True, exact_gelu=True, number_references=True,
         align_dims=(256, 128), align_silu=False),
     vae=VAEConfig(
         block_channels=(48, 48), layers_per_block=1, norm_groups=1, mid_attention=False, stem=4),
     text_encoder=T5Config(dim=128, head_dim=32, ff_dim=256, depth=2, num_heads=4),
     sampling=SampleSettings(
-        image_size=64, text_length=32, prompt_multiple=16,
-        steps=20, guidance=2.0, image_guidance=1.5, shift=1.0, text_steps=16),
+        image_size=64, text_length=32, text_only_length=48, prompt_multiple=16,
+        steps=10, guidance=2.0, image_guidance=1.5, guidance_interval=(0.2, 1.0), shift=1.0,
+        text_steps=16),
     train_scenes=30_000, test_scenes=510, vae_steps=5000, teacher_steps=400,
-    steps=35_000, batch_size=16, accumulation=1,
+    steps=40_000, batch_size=16, accumulation=1,
     lr=5e-3, muon_lr=0.025, muon_every=4, weight_decay=0.0, beta2=0.95,
     warmup=100, decay=True, clip=1.0, ema=0.998, ema_every=4,
     sigma_mean=1.4, text_weight=0.5, answer_weight=1.0, align_depth=2,
-    cache_latents=True, workers=0, log_every=50)
+    cache_latents=True, workers=0, log_every=50, sample_every=2000)
 
 PRESETS = {
     "tiny": TINY,
     "mini": replace(
         TINY, out="runs/mini", train_scenes=1200, test_scenes=12, vae_steps=300, teacher_steps=30,
-        steps=300, save_every=100, sample_every=100),
+        steps=300, save_every=100, sample_every=100, own_sources=0.5),
     "sd3": TrainConfig(
         gradient_checkpointing=True, sampling=DUAL,
         model=MMDiTConfig(align_dims=(2048, 3584), align_silu=False)),
@@ -281,8 +291,11 @@ class RunFiles:
         self.vae = run / "vae.safetensors"
         self.teacher = run / "teacher"
         self.scores = run / "scores.json"                       # of the shapes world
+        self.scored = run / "scores.jsonl"                      # of a few records, at each sampling
+        self.cases = run / "samples.json"                       # of the sheets, for the report
         self.report = run / "report.html"
         self.progress = run / "progress.png"                    # all samplings of the training
+        self.own_sources = run / "own_sources.safetensors"      # latents that the model has drawn
 
     def checkpoint(self, step: int) -> Path:
         """The folder of a checkpoint: model, ema and optimizer as safetensors."""
@@ -316,6 +329,14 @@ class RunFiles:
     def all_samples(self) -> list[Path]:
         """The sheets of the finished model."""
         return sorted([*self.folder.glob("samples.png"), *self.folder.glob("samples_*.png")])
+
+    def film(self, name: str) -> Path:
+        """A film of one of the diffusions, "image" or "text"."""
+        return self.folder / f"film-{name}.gif"
+
+    def films(self) -> list[Path]:
+        """The films of the two diffusions: film-NAME.gif."""
+        return sorted(self.folder.glob("film-*.gif"))
 
     def samples_at(self, step: int) -> Path:
         """What the averaged weights of a step drew and wrote, one row."""
@@ -580,6 +601,7 @@ def _check_effect(config: TrainConfig, given: typing.Collection[str]) -> None:
         "init_blocks": (config.init, "random weights; --init is missing"),
         "cross_temperature": (config.cross_weight, "--cross_weight 0"),
         "cross_unseen": (config.cross_weight, "--cross_weight 0"),
+        "own_sources_after": (config.own_sources, "--own_sources 0"),
         "align_depth": (config.intrinsic_weight, "--intrinsic_weight 0"),
         "teacher_online": (config.intrinsic_weight, "--intrinsic_weight 0"),
         "mask_token": (config.t5_path or config.init, "a random T5; name one with --t5_path"),
@@ -602,6 +624,10 @@ def _check_values(config: TrainConfig) -> None:
     if config.max_aspect > 1 and config.cache_latents:
         raise ValueError(f"--max_aspect {config.max_aspect}: latents are cached of squares alone; "
                          "add --cache_latents false")
+    if config.own_sources and not config.cache_latents:
+        raise ValueError(f"--own_sources {config.own_sources}: the model's own versions take the "
+                         "place of cached latents, and none are cached; add --cache_latents true, "
+                         "or --own_sources 0")
     if wrong := [step for step in config.keep if step < 1]:
         raise ValueError(f"--keep {wrong[0]}: expected steps from 1")
 
@@ -677,6 +703,8 @@ def parse_arguments(argv: list[str] | None = None, description: str = "",
     try:
         config = _override(preset, given)
         config = replace(config, seed=config.seed % 2 ** 63)   # any integer is a seed
+        if not config.cache_latents and "own_sources" not in given:
+            config = replace(config, own_sources=0.0)           # a preset's has no effect
         if resume:
             config = _resume(config, given)
             _check_values(config)

@@ -14,6 +14,8 @@ Four kinds of records, with image paths relative to the JSONL's folder, or absol
   questions       {"image": ["a.png"], "conversations": [
                       {"from": "human", "value": "<image>\\nQUESTION"},
                       {"from": "gpt", "value": ANSWER}, ...]}
+A question without the key "image" is about the text alone, such as a prompt to be completed into a
+full caption.
 A composition without original images is text to image with a prompt that differs from the caption.
 Questions of a record are examples of their own, or with --dialogues turns of one dialogue.
 One picture may be a string in place of a list, as LLaVA writes it. A turn may be the text alone;
@@ -42,8 +44,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from buckets import Buckets, Shape, cropped_share, nearest_shapes, orientation_of
-from records import (Example, Kind, Records, examine, find_file, kind_of, open_records,
-                     read_jsonl)
+from records import (Example, Kind, Records, examine, find_file, kind_of, length_for,
+                     open_records, read_jsonl)
 from text_encoder import T5Tokenizer, asked
 
 
@@ -223,7 +225,8 @@ class Batch(NamedTuple):
     """Examples of one task with equally many (R) source pictures, and what is trained with them."""
     task: str
     images: Tensor | None           # (B, 1 + R, 3, H, W), the sources after the image itself
-    latents: Tensor | None          # (B, 1 + R, C, h, w) normalized, in place of images if cached
+    latents: Tensor | None          # (B, 1 + R, C, h, w) normalized, in place of images if cached;
+                                    # None both: texts without pictures
     prompts: Tensor | None          # (B, L) ids; None: no image branch
     tokens: Tensor | None           # (B, L) ids of question and answer; None: no text branch
     answer: Tensor | None           # (B, L) bool, the positions of the answer
@@ -231,6 +234,7 @@ class Batch(NamedTuple):
     captions: tuple[str, ...] = ()  # (B) targets of the text branch; (): no text branch
     records: tuple[str, ...] = ()   # (B) where each example is from: file and line
     skipped: tuple[tuple[str, str], ...] = ()   # (file and line, reason) of replaced examples
+    sources: Tensor | None = None   # (B, R) rows of the cached latents of the source pictures
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         def apply(x):
@@ -253,6 +257,7 @@ class BatchKey(NamedTuple):
     task: str
     sources: int
     no_prompt: bool
+    no_image: bool
     writes: bool                    # trains the text branch
     length: int                     # of the prompts
     shape: Shape                    # of the images, in pixels
@@ -266,12 +271,13 @@ class Group(NamedTuple):
 
 
 def _columns(examples: list[Example], tokenizer: T5Tokenizer, length: int,
-             template: str) -> tuple[list[Kind], np.ndarray, np.ndarray]:
+             text_only_length: int, template: str) -> tuple[list[Kind], np.ndarray, np.ndarray]:
     """`Records.columns` of a plain list. Raises ValueError for a text that cannot be trained."""
     kinds: dict[Kind, int] = {}
     codes, tokens = [], []
     for e in examples:
-        texts = examine(e, tokenizer, length, template)
+        longest = length_for(e.image is None, length, text_only_length)
+        texts = examine(e, tokenizer, longest, template)
         if texts.problem:
             raise ValueError(texts.problem)
         codes.append(kinds.setdefault(kind_of(e), len(kinds)))
@@ -286,7 +292,7 @@ class Tasks(Dataset):
     others, which `records` then holds.
     weights: of the tasks' batches; the groups of a task share its weight by their sizes.
     captioned: tasks whose captions train the text branch besides questions (`*`: all).
-    template: of questions, the one with which the records were opened.
+    template, text_only_length: those with which the records were opened.
     buckets: crop the picture of a record and its sources to the shape nearest to the picture's;
     `cropped` is then the share of pixels that this loses, and that squares would lose. None: all
     images are squares of image_size.
@@ -300,13 +306,15 @@ class Tasks(Dataset):
     def __init__(self, records: Records | list[Example], tokenizer: T5Tokenizer, image_size: int,
                  text_length: int, weights: str = "*=1", captioned: str = "*",
                  prompt_multiple: int = 0, template: str = "{question}",
-                 buckets: Buckets | None = None):
+                 buckets: Buckets | None = None, text_only_length: int = 0):
         self.tokenizer, self.image_size, self.template = tokenizer, image_size, template
         self.text_length, self.prompt_multiple = text_length, prompt_multiple
+        self.text_only_length = text_only_length
         if isinstance(records, Records):
             kinds, codes, tokens = records.columns()
         else:
-            kinds, codes, tokens = _columns(records, tokenizer, text_length, template)
+            kinds, codes, tokens = _columns(
+                records, tokenizer, text_length, text_only_length, template)
         used = np.bincount(codes, minlength=len(kinds)) > 0
         tasks = {kind.task for kind, is_used in zip(kinds, used) if is_used}
         task_weights = parse_weights(weights)
@@ -331,7 +339,9 @@ class Tasks(Dataset):
                 records = [records[i] for i in kept]
         self.records = records
         squares = Buckets([(image_size, image_size)], buckets.aspects if buckets else np.zeros(1))
-        self.cropped = buckets and (cropped_share(*buckets), cropped_share(*squares))
+        has_image = np.array([not kind.no_image for kind in kinds])[codes]          # (n,)
+        self.cropped = buckets and tuple(
+            cropped_share(b.shapes, b.aspects[has_image]) for b in (buckets, squares))
         self.keys, self.groups, self.group_of = self._group(
             kinds, codes, tokens, buckets or squares, task_weights)
         self.latents: Tensor | None = None
@@ -342,7 +352,8 @@ class Tasks(Dataset):
         is_captioned = "*" in self.captioned or kind.task in self.captioned
         writes = kind.has_caption and (kind.no_prompt or is_captioned)
         length = prompt_length(tokens, kind.sources, self.text_length, self.prompt_multiple)
-        return BatchKey(kind.task, kind.sources, kind.no_prompt, writes, length, shape)
+        return BatchKey(
+            kind.task, kind.sources, kind.no_prompt, kind.no_image, writes, length, shape)
 
     def _group(self, kinds: list[Kind], codes: np.ndarray, tokens: np.ndarray, buckets: Buckets,
                weights: dict[str, float]) -> tuple[list[BatchKey], list[Group], np.ndarray]:
@@ -382,7 +393,7 @@ class Tasks(Dataset):
     @functools.cached_property
     def paths(self) -> list[Path]:
         """Every picture once. All records are read for it."""
-        return list(dict.fromkeys(path for e in self.records for path in (e.image, *e.sources)))
+        return list(dict.fromkeys(path for e in self.records for path in e.pictures))
 
     @functools.cached_property
     def _row_of(self) -> dict[Path, int]:
@@ -401,7 +412,7 @@ class Tasks(Dataset):
 
     def _pictures(self, e: Example, shape: Shape) -> list[np.ndarray] | list[Tensor]:
         """Pictures (H, W, 3), 1 + R of them, or latents (C, h, w) if they are cached."""
-        paths = [e.image, *e.sources]
+        paths = e.pictures
         if self.latents is None:
             return [load_cropped(path, shape) for path in paths]
         for path in paths:
@@ -445,10 +456,12 @@ class Tasks(Dataset):
         pictures = [picture for _, _, pictures in loaded for picture in pictures]
         key = self.keys[self.group_of[indices[0]]]
         shape = len(indices), 1 + key.sources
-        images = latents = prompts = tokens = answer = features = None
-        if self.latents is not None:
+        images = latents = sources = prompts = tokens = answer = features = None
+        if pictures and self.latents is not None:
             latents = torch.stack(pictures).unflatten(0, shape)             # (B, 1 + R, C, h, w)
-        else:
+            rows = [[self._row_of[path] for path in e.sources] for e in examples]
+            sources = torch.tensor(rows, dtype=torch.long)                          # (B, R)
+        elif pictures:
             images = _contiguous_images(pictures).unflatten(0, shape)       # (B, 1 + R, 3, H, W)
         captions: tuple[str, ...] = ()
         if not key.no_prompt:
@@ -457,14 +470,15 @@ class Tasks(Dataset):
         if key.writes:
             captions = tuple(e.caption for e in examples)
             before = [[(asked(q, self.template), a) for q, a in e.before] for e in examples]
-            tokens, answer = self.tokenizer.dialogue(
-                [asked(e.question, self.template) for e in examples], captions, self.text_length,
-                before)                                                             # (B, L) each
+            length = length_for(key.no_image, self.text_length, self.text_only_length)
+            questions = [asked(e.question, self.template) for e in examples]
+            tokens, answer = self.tokenizer.dialogue(questions, captions, length, before)
+            # tokens and answer are (B, L)
         if self.features is not None and key.writes and not key.no_prompt:
             features = self.features(indices)                                       # (B, d) each
         origins = tuple(self.origin(i) for i in indices)
         return Batch(key.task, images, latents, prompts, tokens, answer, features, captions,
-                     origins, tuple(skipped))
+                     origins, tuple(skipped), sources)
 
 
 class BatchOrder(Sampler[list[int]]):

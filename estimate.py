@@ -391,34 +391,43 @@ def seconds_of(function: Callable, device: torch.device, rounds: int = 3) -> flo
     return statistics.median(times[1:])
 
 
-def two_blocks(config: TrainConfig) -> TrainConfig:
-    """The same widths, batch and pictures with two blocks in the transformer and in T5."""
-    m = modules_of(config)
+def with_blocks(config: TrainConfig, m: Modules, count: int) -> TrainConfig:
+    """The same training with so many blocks in the transformer and in T5."""
     return replace(
         config, init="", t5_path="", tokenizer_path="", align_depth=1,
-        model=replace(m.model.config, depth=min(2, m.model.config.depth)),
-        text_encoder=replace(m.text_encoder.config, depth=min(2, m.text_encoder.config.depth)))
+        model=replace(m.model.config, depth=count),
+        text_encoder=replace(m.text_encoder.config, depth=count))
 
 
 def this_machine(config: TrainConfig) -> Machine:
-    """Measure the device that train.py would use here: peak, memory, and the shares of each part.
+    """Measure the device that train.py would use here: peak, memory, and the share of each part.
 
-    The parts are timed on two blocks, in turns with a product of large matrices.
+    The parts are timed with one block and with three, which gives the time of all blocks, in turns
+    with a product of large matrices.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     n = 8192 if device.type == "cuda" else 1536
     a, b = torch.randn(2, n, n, device=device).bfloat16()
     source, copy = torch.zeros(2, 2 ** 26, device=device)                   # 256 MB each
-    bandwidth = 2 * 4 * len(source) / seconds_of(lambda: copy.copy_(source), device) / 1e9
-    narrow, shares, peaks = two_blocks(config), dict(ASSUMED), []
-    costs = costs_of(narrow, modules_of(narrow))
-    for name in STEPS.keys() & costs.keys():
-        step = STEPS[name](narrow, modules_of(narrow), device)
-        before = seconds_of(lambda: a @ b, device)
-        seconds = seconds_of(step, device)
-        product = (before + seconds_of(lambda: a @ b, device)) / 2
-        peaks.append(2 * n ** 3 / product)
-        shares[name] = costs[name].flops / seconds / peaks[-1]
+    moved = 4 * len(source) * (2 if device.type == "cuda" else 3)   # a CPU reads what it will write
+    bandwidth = moved / seconds_of(lambda: copy.copy_(source), device) / 1e9
+    m = modules_of(config)
+    depths = {"MM-DiT": m.model.config.depth, "T5": m.text_encoder.config.depth, "autoencoder": 1}
+    shares, peaks = dict(ASSUMED), []
+    for name, cost in costs_of(config, modules_of(config)).items():
+        if name not in STEPS:
+            continue
+        seconds = []
+        for count in (1, 3):
+            fewer = with_blocks(config, m, count)
+            step = STEPS[name](fewer, modules_of(fewer), device)
+            product = seconds_of(lambda: a @ b, device)
+            seconds.append(seconds_of(step, device))
+            product = (product + seconds_of(lambda: a @ b, device)) / 2
+            peaks.append(2 * n ** 3 / product)
+        block = max(0.0, (seconds[1] - seconds[0]) / 2)
+        whole = seconds[0] + (depths[name] - 1) * block
+        shares[name] = cost.flops / whole / statistics.mean(peaks[-2:])
     peak = statistics.median(peaks) / 1e12
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

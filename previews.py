@@ -1,9 +1,11 @@
 """Samples while a model trains: the averaged weights draw and caption a fixed handful of records.
 
 Each sampling is a row of labelled pictures, samples-<step>.png. progress.png has all rows so far,
-so that one look shows what the training has learned, and when.
+so that one look shows what the training has learned, and when. On a shapes world each sampling also
+scores a few held-out records, as a line of scores.jsonl.
 """
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,16 +16,17 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from checkpoint import note
-from config import Parts, RunFiles, TrainConfig
+from config import Parts, RunFiles, TrainConfig, parts_of
 from data import Tasks, load_image, load_picture, to_pictures
 from jobs import save_picture
 from model import MMDiT
 from records import Example, read_jsonl
-from run_folder import Frozen
+from run_folder import Frozen, append, read_until
 from sample import Pipeline, read_prompts
 
 TILE = 128                                          # least side of a picture shown, in pixels
-COLUMNS = 8                                         # cases in a row
+COLUMNS = 10                                        # cases in a row
+FEW = 4                                             # records of a task that a sampling scores
 
 
 # ---------------------------------------------------------------- labelled pictures
@@ -31,12 +34,12 @@ COLUMNS = 8                                         # cases in a row
 class Case(NamedTuple):
     """One example on a sheet.
 
-    pictures: (h, w, 3) uint8, each with the label under it; text: stands under all of them, in red
-    if the case is wrong.
+    pictures: (h, w, 3) uint8, each with the label under it; text: stands under all of them; wrong:
+    frames and text are red and it says so, None: not judged.
     """
     pictures: Sequence[tuple[np.ndarray, str]]
     text: str = ""
-    wrong: bool = False
+    wrong: bool | None = None
 
 
 def join(pictures: Sequence[np.ndarray], axis: int, gap: int = 0) -> np.ndarray:
@@ -81,17 +84,19 @@ def text_picture(text: str, width: int, size: int = 12, color: str = "black") ->
 
 def case_picture(case: Case) -> np.ndarray:
     """Draw a case: its pictures, framed at a readable size, with labels and text, (h, w, 3)."""
-    tiles = []
+    tiles, frame = [], "crimson" if case.wrong else "gray"
     for picture, label in case.pictures:
         width = picture.shape[1]
         side = min(max(TILE, width), 2 * TILE)
         method = Image.Resampling.NEAREST if width < side else Image.Resampling.LANCZOS
         resized = Image.fromarray(picture).resize((side, side), method)
-        framed = np.asarray(ImageOps.expand(resized, 1, "gray"))
+        framed = np.asarray(ImageOps.expand(resized, 1, frame))
         tiles.append(join([framed, text_picture(label, side + 2)], 0, gap=4))
+    text, color = (f"WRONG {case.text}", "crimson") if case.wrong else (case.text, "black")
+    if not tiles:                                               # a text about a text
+        return text_picture(text, 2 * TILE, color=color)
     row = join(tiles, 1, gap=10)
-    color = "crimson" if case.wrong else "black"
-    return join([row, text_picture(case.text, row.shape[1] - 10, color=color)], 0)
+    return join([row, text_picture(text, row.shape[1] - 10, color=color)], 0)
 
 
 # ---------------------------------------------------------------- what is sampled
@@ -100,6 +105,7 @@ class Request(NamedTuple):
     """A picture to draw, or a text to write about one."""
     prompt: str                         # of a picture to draw; a question; empty: to caption
     sources: tuple[Tensor, ...]         # (3, H, W) each, of an edit; the picture to write about
+                                        # or none, where the text is about a text alone
     writes: bool
     before: tuple[tuple[str, str], ...] = ()        # earlier turns of a dialogue
 
@@ -115,7 +121,8 @@ def requests_of(e: Example, size: int, captioned: set[str]) -> list[Request]:
         requests.append(Request(e.prompt, sources, writes=False))
     is_captioned = not e.sources and captioned & {"*", e.task}
     if e.caption and (e.question or is_captioned):
-        requests.append(Request(e.question, (load_image(e.image, size),), True, e.before))
+        images = tuple(load_image(path, size) for path in e.pictures)               # (3, H, W)
+        requests.append(Request(e.question, images, True, e.before))
     return requests
 
 
@@ -177,10 +184,11 @@ def respond(pipeline: Pipeline, requests: Sequence[Request]) -> list[Case]:
         shown = [[(picture, "") for picture in to_pictures(images)] for images in sources]
         given = list(zip(*shown)) or [()] * len(rows)               # pictures of each request
         if requests[rows[0]].writes:
-            texts = pipeline.caption(sources[0], questions=prompts,
+            texts = pipeline.caption(sources[0] if sources else None, questions=prompts,
                                      before=[requests[i].before for i in rows])
             for i, question, text, pictures in zip(rows, prompts, texts, given):
-                cases[i] = Case(pictures, f"{question} {text}".strip() or "(no text)")
+                before = question if pictures else f"{question}:"
+                cases[i] = Case(pictures, f"{before} {text}".strip() or "(no text)")
             continue
         images = pipeline.edit(prompts, sources, rows)                          # (B, 3, H, W)
         for i, prompt, result, pictures in zip(rows, prompts, to_pictures(images), given):
@@ -188,14 +196,36 @@ def respond(pipeline: Pipeline, requests: Sequence[Request]) -> list[Case]:
     return [cases[i] for i in range(len(requests))]
 
 
+def append_scores(run: Path, step: int, pipeline: Pipeline, sampling: int) -> None:
+    """Score the next few held-out records of each task of a shapes world, into scores.jsonl.
+
+    sampling: its number. Each takes other records, so that several together say more.
+    """
+    from experiments.evaluate import held_out_examples, score_shapes
+    groups: dict[str, list[Example]] = {}
+    for e in held_out_examples(run):
+        groups.setdefault(e.task, []).append(e)
+    chosen = [group[(sampling * FEW + i) % len(group)]
+              for group in groups.values() for i in range(min(FEW, len(group)))]
+    scores, _ = score_shapes(pipeline, chosen)
+    read_until(RunFiles(run).scored, step - 1, rewrite=True)    # no later ones, from before a kill
+    append(RunFiles(run).scored, json.dumps({"step": step} | scores) + "\n")
+
+
 def write_samples(run: Path, step: int, frozen: Frozen, average: MMDiT, config: TrainConfig,
                   requests: Sequence[Request]) -> None:
-    """Sample the averaged weights into samples-<step>.png, and add the row to progress.png."""
+    """Sample the averaged weights into samples-<step>.png, and add the row to progress.png.
+
+    On a shapes world, also score a few records.
+    """
     files, device = RunFiles(run), average.pos_embed.device
     pipeline = Pipeline(*frozen, average, config.sampling, str(run))
     half = device.type == "cuda" and config.autocast
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         cases = respond(pipeline, requests)
+        test = parts_of(config, run).test
+        if test and test.is_file():
+            append_scores(run, step, pipeline, step // config.sample_every)
     row = join([case_picture(case) for case in cases], 1)                       # (h, w, 3)
     save_picture(join([text_picture(f"step {step}", 2 * TILE, 16), row], 0, gap=4),
                  files.samples_at(step))

@@ -27,12 +27,17 @@ MASK_TOKEN = "<extra_id_0>"
 class Example(NamedTuple):
     """One training example, whatever its format was."""
     task: str                       # the record's name, or text_to_image, image_to_image, questions
-    image: Path                     # the picture to generate, or the one that the text is about
+    image: Path | None              # the picture to generate, or that the text is about; or none
     sources: tuple[Path, ...]       # source pictures of editing and composition
     prompt: str | None              # input of the image branch; None: no image is generated
     question: str                   # asked of the text branch; empty: to describe the picture
     caption: str                    # target of the text branch; empty: no text is generated
     before: tuple[tuple[str, str], ...] = ()    # earlier questions and answers of a dialogue
+
+    @property
+    def pictures(self) -> tuple[Path, ...]:
+        """All of its pictures: the image and then the sources."""
+        return (self.image, *self.sources) if self.image else ()
 
 
 # ---------------------------------------------------------------- parsing
@@ -116,8 +121,9 @@ def parse_record(record: dict, folder: Path, dialogues: bool = False) -> list[Ex
         prompt = _needed(record, "edit_prompt")
         return [Example(task or kind, targets[0], sources, prompt, "", caption)]
 
-    pictures = _files(record, "image", folder)
     texts = _turn_texts(record["conversations"])
+    is_text_only = "image" not in record and "instruction" not in record and all(texts)
+    pictures = [] if is_text_only else _files(record, "image", folder)
     if "instruction" in record:
         if len(pictures) < 2:
             raise ValueError(f"has an instruction and {len(pictures)} picture(s), expected sources "
@@ -127,9 +133,10 @@ def parse_record(record: dict, folder: Path, dialogues: bool = False) -> list[Ex
         return [Example(
             task or "image_to_image", target, tuple(sources), instruction, "", texts[0])]
 
-    if len(pictures) != 1:
-        raise ValueError(f"has {len(pictures)} pictures and no instruction, expected one picture")
-    [picture] = pictures
+    if len(pictures) != 1 and not is_text_only:
+        raise ValueError(f"has {len(pictures)} pictures and no instruction, expected one picture, "
+                         "or for a text without a picture no key 'image'")
+    picture = None if is_text_only else pictures[0]
     if len(texts) == 2 and not texts[1]:                        # the answer is "<image>"
         if not texts[0]:
             raise Unusable("the caption is empty")
@@ -238,13 +245,13 @@ def read_jsonl(path: str | Path) -> list[Example]:
         except Unusable as error:
             raise ValueError(f"{where}: {error}; formats: data.py") from error
         for e in parsed:
-            for picture in (e.image, *e.sources):
+            for picture in e.pictures:
                 if picture not in files:
                     files[picture] = find_file(picture)
                     if not os.path.isfile(files[picture]):
                         raise ValueError(f"{where}: no such picture: {picture}")
-            sources = tuple(files[picture] for picture in e.sources)
-            examples.append(e._replace(image=files[e.image], sources=sources))
+            image, *sources = [files[picture] for picture in e.pictures] or [None]
+            examples.append(e._replace(image=image, sources=tuple(sources)))
     return examples
 
 
@@ -255,11 +262,12 @@ class Kind(NamedTuple):
     task: str
     sources: int
     no_prompt: bool
+    no_image: bool
     has_caption: bool
 
 
 def kind_of(e: Example) -> Kind:
-    return Kind(e.task, len(e.sources), e.prompt is None, bool(e.caption))
+    return Kind(e.task, len(e.sources), e.prompt is None, e.image is None, bool(e.caption))
 
 
 class Texts(NamedTuple):
@@ -270,11 +278,17 @@ class Texts(NamedTuple):
     unknown: list[str]              # texts with words that the tokenizer does not know
 
 
+def length_for(no_image: bool, text_length: int, text_only_length: int) -> int:
+    """The longest text that the model reads, in tokens, with a picture or without."""
+    return text_only_length if no_image and text_only_length else text_length
+
+
 def examine(e: Example, tokenizer: T5Tokenizer, length: int,
             template: str = "{question}") -> Texts:
     """Measure the texts of an example.
 
-    length: the longest that the model reads, in tokens; template: of questions, see `asked`.
+    length: the longest that the model reads, in tokens, see `length_for`; template: of questions,
+    see `asked`.
     """
     turns = [(asked(question, template), answer)
              for question, answer in (*e.before, (e.question, e.caption))]
@@ -283,7 +297,9 @@ def examine(e: Example, tokenizer: T5Tokenizer, length: int,
     question = len(ids[first]) - 1                              # without </s>
     problem = ""
     if any(MASK_TOKEN in text for text in ids):
-        problem = f"the text of {e.image} holds the mask token {MASK_TOKEN}; remove it"
+        problem = (f"a text of the task {e.task} holds the mask token {MASK_TOKEN}; remove it"
+                   if e.image is None else
+                   f"the text of {e.image} holds the mask token {MASK_TOKEN}; remove it")
     elif length - question < 2:
         problem = (f"the question {first!r:.80} has {question} tokens: too little room for an "
                    f"answer, expected at most {length - 2} of the length {length}")
@@ -305,14 +321,15 @@ ROW = np.dtype([
 _SHOWN = 3                                                      # examples in a note
 
 
-def _expected_state(path: Path, tokenizer: T5Tokenizer, length: int, template: str,
-                    dialogues: bool) -> dict:
+def _expected_state(path: Path, tokenizer: T5Tokenizer, length: int, text_only_length: int,
+                    template: str, dialogues: bool) -> dict:
     """Everything that an index depends on."""
     pieces = hashlib.sha256(tokenizer.pieces.serialized_model_proto()).hexdigest()
     file = path.stat()
-    return {"version": 1, "size": file.st_size, "time": file.st_mtime_ns, "pieces": pieces,
+    return {"version": 2, "size": file.st_size, "time": file.st_mtime_ns, "pieces": pieces,
             "sentinels": tokenizer.sentinels, "text_length": length,
-            "question_template": template, "dialogues": dialogues}
+            "text_only_length": text_only_length, "question_template": template,
+            "dialogues": dialogues}
 
 
 class _Note:
@@ -335,7 +352,8 @@ def _build_index(path: Path, state: dict, tokenizer: T5Tokenizer, target: Path) 
     digest, kinds = hashlib.sha256(), {}
     unusable: list[tuple[int, str]] = []                        # (line, reason)
     cut, unknown = _Note(), _Note()
-    length, template = state["text_length"], state["question_template"]
+    lengths = state["text_length"], state["text_only_length"]
+    template = state["question_template"]
 
     def rows_of(line: Line) -> list[tuple]:
         try:
@@ -345,6 +363,7 @@ def _build_index(path: Path, state: dict, tokenizer: T5Tokenizer, target: Path) 
             return []
         rows = []
         for number, e in enumerate(examples):
+            length = length_for(e.image is None, *lengths)
             texts = examine(e, tokenizer, length, template)
             if texts.problem:
                 unusable.append((line.number, texts.problem))
@@ -423,11 +442,11 @@ class Part(NamedTuple):
     header: dict
 
 
-def _open_part(path: Path, tokenizer: T5Tokenizer, length: int, folder: Path, template: str,
-               dialogues: bool) -> Part:
+def _open_part(path: Path, tokenizer: T5Tokenizer, length: int, text_only_length: int, folder: Path,
+               template: str, dialogues: bool) -> Part:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a JSONL file (formats: data.py)")
-    state = _expected_state(path, tokenizer, length, template, dialogues)
+    state = _expected_state(path, tokenizer, length, text_only_length, template, dialogues)
     index = build_beside(path, "index", folder,
                          lambda target: _build_index(path, state, tokenizer, target),
                          lambda place: _read_header(place, state) is not None)
@@ -528,12 +547,14 @@ class Records(Sequence[Example]):
 
 
 def open_records(paths: Sequence[Path], tokenizer: T5Tokenizer, text_length: int, folder: Path,
-                 template: str = "{question}", dialogues: bool = False) -> Records:
+                 template: str = "{question}", dialogues: bool = False,
+                 text_only_length: int = 0) -> Records:
     """Open JSONL files as one sequence of examples; build the indexes that are missing or old.
 
     folder: takes the index of a file whose own folder is read-only. template: of questions.
-    dialogues: all questions of a record are one example.
+    dialogues: all questions of a record are one example. text_only_length: of texts without a
+    picture; 0: text_length.
     Raises ValueError that names the line, if it is not JSON or has no known form.
     """
-    return Records([_open_part(Path(path), tokenizer, text_length, folder, template, dialogues)
-                    for path in paths])
+    return Records([_open_part(Path(path), tokenizer, text_length, text_only_length, folder,
+                               template, dialogues) for path in paths])

@@ -265,7 +265,7 @@ def load_models(config: TrainConfig, vocab_size: int, resumed: Path | None,
 
 def check_parts(config: TrainConfig, model: MMDiT, frozen: Frozen) -> None:
     """Raise ValueError before the long work if the parts do not fit together."""
-    c, size, length = model.config, config.sampling.image_size, config.sampling.text_length
+    c, size = model.config, config.sampling.image_size
     unit = frozen.vae.downscale * c.patch_size                  # pixels per patch
     if size % unit:
         raise ValueError(f"--sampling.image_size {size}: expected a multiple of {unit} "
@@ -278,9 +278,11 @@ def check_parts(config: TrainConfig, model: MMDiT, frozen: Frozen) -> None:
         raise ValueError(f"--max_aspect {config.max_aspect}: the widest shape is {width} x "
                          f"{height}, the model has positions up to {unit * c.position_table}; "
                          "expected a lower --max_aspect or --sampling.image_size")
-    if c.text_positions and length > c.text_positions:
-        raise ValueError(f"--sampling.text_length {length}: the model has positions for "
-                         f"{c.text_positions} tokens")
+    for name in ("text_length", "text_only_length"):
+        length = getattr(config.sampling, name)
+        if c.text_positions and length > c.text_positions:
+            raise ValueError(f"--sampling.{name} {length}: the model has positions for "
+                             f"{c.text_positions} tokens")
     pairs = {
         "text_dim": (c.text_dim, frozen.text_encoder.config.dim),
         "vocab_size": (c.vocab_size, frozen.tokenizer.vocab_size),
@@ -305,12 +307,14 @@ def load_tasks(config: TrainConfig, parts: Parts, tokenizer: T5Tokenizer, unit: 
     """
     settings, folder, buckets = config.sampling, Path(config.out), None
     records = open_records(parts.data, tokenizer, settings.text_length, folder,
-                           settings.question_template, config.dialogues)
+                           settings.question_template, config.dialogues,
+                           settings.text_only_length)
     if config.max_aspect > 1:
         shapes = bucket_shapes(settings.image_size, config.max_aspect, unit)
         buckets = Buckets(shapes, read_aspects(records, folder))
     return Tasks(records, tokenizer, settings.image_size, settings.text_length, config.weights,
-                 config.captioned, settings.prompt_multiple, settings.question_template, buckets)
+                 config.captioned, settings.prompt_multiple, settings.question_template, buckets,
+                 settings.text_only_length)
 
 
 def describe_tasks(dataset: Tasks) -> str:
@@ -327,8 +331,9 @@ def describe_shapes(dataset: Tasks) -> str:
     """One line with the shares of the shapes, and of the pixels that are cropped away."""
     counts: Counter[Shape] = Counter()
     for key, group in zip(dataset.keys, dataset.groups):
-        counts[key.shape] += len(group.indices)
-    shares = ", ".join(f"{width} x {height} {count / len(dataset):.0%}"
+        if not key.no_image:
+            counts[key.shape] += len(group.indices)
+    shares = ", ".join(f"{width} x {height} {count / counts.total():.0%}"
                        for (height, width), count in counts.most_common())
     cropped, as_squares = dataset.cropped
     return (f"shapes: {shares}; {cropped:.1%} of the pixels are cropped, squares would crop "

@@ -35,18 +35,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import check_ranges, note
 from config import (DUAL, MASK_TOKEN_ADVICE, ORDERS, SD3, SOLVERS, RunFiles, SampleSettings,
                     find_release, parts_of, read_config, run_of)
-from data import load_image, prompt_length, text_lengths
+from data import load_image, prompt_length, text_lengths, to_pictures
 from embeddings import Embeddings, Request, Texts, save_embeddings
+from film import picture_frames, text_frames, write_film
 from jobs import Job, draw_missing, read_edits
 from model import MMDiT, kind_of_checkpoint
-from records import find_file
+from records import find_file, length_for
 from staging import Loaded, Part, free_memory, total_memory
 from text_encoder import T5Encoder, T5Tokenizer, asked
 from vae import VAE
@@ -77,7 +80,9 @@ def flow_sigmas(steps: int, shift: float = 3.0) -> Tensor:
 def generate(model: MMDiT, noise: Tensor, text: Tensor, empty_text: Tensor, steps: int = 28,
              guidance: float = 7.0, shift: float = 3.0, references: Sequence[Tensor] = (),
              image_guidance: float = 1.0, progress: bool = False, solver: str = "euler",
-             guidance_interval: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+             guidance_interval: tuple[float, float] = (0.0, 1.0),
+             watch: Callable[[float, Tensor, Tensor], None] | None = None,
+             start: tuple[Tensor, float] | None = None) -> Tensor:
     """Integrate dx = v dsigma from noise to latents; (B, C, H, W) float32.
 
     noise (B, C, H, W); text (B, L, D) of the prompts and empty_text (B or 1, L, D) of the empty
@@ -92,6 +97,12 @@ def generate(model: MMDiT, noise: Tensor, text: Tensor, empty_text: Tensor, step
     solver: "euler", or "ab2", two-step Adams-Bashforth: v is extrapolated to the middle of the step
     from the last two points, at no more passes. A step after guidance sets in or ends is Euler's,
     as v jumps there.
+
+    watch: is called at every sigma, from 1 to 0, with sigma, the noisy latents x and the clean
+    estimate x - sigma v, (B, C, H, W) each.
+
+    start: clean latents (B, C, H, W) and a sigma; begin with their noisy state at this sigma in
+    place of pure noise, so that they are redrawn (SDEdit, arXiv 2108.01073).
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver = {solver!r}; expected one of {SOLVERS}")
@@ -112,6 +123,10 @@ def generate(model: MMDiT, noise: Tensor, text: Tensor, empty_text: Tensor, step
 
     last = None                                                 # sigma, v and guided of last step
     sigmas = flow_sigmas(steps, shift)                          # on the CPU: no step waits for them
+    if start:
+        latents, first = start
+        x = (1 - first) * latents.float() + first * x           # z = (1 - sigma) x + sigma e
+        sigmas = torch.cat([torch.tensor([first]), sigmas[sigmas < first]])
     intervals = list(zip(sigmas[:-1], sigmas[1:]))
     for sigma, next_sigma in tqdm(intervals, desc="drawing", unit="step", disable=not progress):
         guided = is_guided and low <= sigma <= high
@@ -124,10 +139,14 @@ def generate(model: MMDiT, noise: Tensor, text: Tensor, empty_text: Tensor, step
         if guided and image_guided:
             v_alone = velocity(x, empty_text, sigma, ())                            # (B, C, H, W)
             v = v + (image_guidance - 1) * (v_empty - v_alone)                      # (B, C, H, W)
+        if watch:
+            watch(sigma.item(), x, x - sigma * v)
         step, slope = next_sigma - sigma, 0.0
         if solver == "ab2" and last and last[2] == guided:
             slope = (v - last[1]) / (sigma - last[0])                               # (B, C, H, W)
         x, last = x + step * (v + step / 2 * slope), (sigma, v, guided)
+    if watch:
+        watch(0.0, x, x)
     return x
 
 
@@ -179,7 +198,7 @@ def probability_of(tokens: Tensor, logits: Tensor) -> Tensor:
         block, drawn = block.float(), drawn.to(logits.device)               # (n, vocab - 1), (n, 1)
         weights = (block - block.amax(dim=-1, keepdim=True)).exp()          # (n, vocab - 1)
         weight = weights.gather(-1, drawn)[:, 0]                            # (n,)
-        others = weights.scatter(-1, drawn, 0).sum(dim=-1)                  # (n,)
+        others = weights.scatter_(-1, drawn, 0).sum(dim=-1)                 # (n,)
         weight, others = weight.to(tokens.device).double(), others.to(tokens.device).double()
         probabilities.append(weight / (weight + others))                    # (n,)
     return torch.cat(probabilities)
@@ -204,7 +223,8 @@ def rank_masked(probability: Tensor, masked: Tensor, place: Tensor, block: Tenso
 def describe(model: MMDiT, text_encoder: Callable[[Tensor], Tensor], latents: Tensor | None,
              tokens: Tensor, mask_id: int, steps: int = 16, order: str | None = "confidence",
              temperature: float = 0.0, generator: torch.Generator | None = None,
-             progress: bool = False, block: int = 0, end_id: int | None = None) -> Tensor:
+             progress: bool = False, block: int = 0, end_id: int | None = None,
+             watch: Callable[[Tensor], None] | None = None) -> Tensor:
     """Fill in the masked tokens of a text about clean images; ids (B, L).
 
     latents (B, C, H, W), or None for text alone. tokens (B, L): `mask_id` where text is wanted; all
@@ -221,6 +241,7 @@ def describe(model: MMDiT, text_encoder: Callable[[Tensor], Tensor], latents: Te
     this token, the end, after the others.
 
     generator: on the `float64_device` of the tokens, where all but the model runs.
+    watch: is called with the tokens (B, L) at the start and after every step that reveals some.
     """
     if order not in (None, *ORDERS) or steps < 1 or temperature < 0 or block < 0:
         raise ValueError(f"order = {order!r}, steps = {steps}, temperature = {temperature}, "
@@ -236,6 +257,8 @@ def describe(model: MMDiT, text_encoder: Callable[[Tensor], Tensor], latents: Te
     from_left = has_question if order is None else torch.full_like(has_question, order == "left")
     blocks = torch.where(from_left, 1, block or tokens.shape[1])            # (B,) tokens of a block
     block_start = place - place % blocks[:, None]                           # (B, L)
+    if watch:
+        watch(tokens)
     for i in tqdm(range(steps + 1), desc="writing", unit="step", disable=not progress):
         last = i == steps                                       # one argmax fills in the rest
         masked = tokens == mask_id                                          # (B, L)
@@ -272,7 +295,34 @@ def describe(model: MMDiT, text_encoder: Callable[[Tensor], Tensor], latents: Te
             rank = rank_masked(probability, chosen, place, blocks, later)   # (B, L)
             reveal = chosen & (rank < quota[:, None])                       # (B, L)
         tokens = tokens.masked_scatter(reveal, drawn[reveal[chosen]])       # (B, L)
+        if watch:
+            watch(tokens)
     return tokens.to(model_device)
+
+
+@torch.no_grad()
+def least_probability(model: MMDiT, text_encoder: Callable[[Tensor], Tensor],
+                      latents: Tensor | None, tokens: Tensor, answer: Tensor, mask_id: int,
+                      parts: int = 8) -> Tensor:
+    """How sure the model is of its surprises: each text's least probable token, (B,) float64.
+
+    tokens (B, L); answer (B, L) bool: the tokens that count, each given all others but those that
+    are masked with it: every `parts`-th one, so that `parts` passes do.
+    """
+    least = torch.ones(len(tokens), dtype=torch.float64, device=float64_device(tokens.device))
+    place = torch.arange(tokens.shape[1], device=tokens.device)                     # (L,)
+    timestep = torch.zeros(len(tokens), device=tokens.device)
+    for part in range(parts):
+        masked = answer & (place % parts == part)                                   # (B, L)
+        if not masked.any():
+            continue
+        text = text_encoder(tokens.masked_fill(masked, mask_id))                    # (B, L, D)
+        logits = model(latents, text, timestep, want={"logits": masked}).logits     # (N, vocab)
+        chances = torch.ones(tokens.shape, dtype=least.dtype, device=least.device)  # (B, L)
+        shown = tokens[masked].to(least.device)                                     # (N,)
+        chances[masked.to(least.device)] = probability_of(shown, logits)
+        least = torch.minimum(least, chances.amin(dim=1))                           # (B,)
+    return least
 
 
 # ---------------------------------------------------------------- the pipeline
@@ -283,6 +333,7 @@ def seeded(seed: int, device: str | torch.device = "cpu") -> torch.Generator:
 
 
 WORKING_MEMORY = 1 << 30                    # bytes beside the weights that a stage may need
+PLANS = 3                                   # drawn for a prompt, of which the best is kept
 
 
 @dataclass(repr=False)
@@ -298,6 +349,7 @@ class Pipeline:
     settings: SampleSettings
     name: str = ""                          # of the weights, for messages
     embeddings: Embeddings | None = None    # of prompts, made elsewhere
+    watch: Callable[..., None] | None = None        # sees every step of `generate` and `describe`
 
     @classmethod
     def from_parts(cls, model: Path | None, vae: Path | None, t5: Path | None,
@@ -484,15 +536,23 @@ class Pipeline:
         return latents.to(self.outline("model").pos_embed.dtype)
 
     @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Clean latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1]."""
+        dtype = self.outline("model").pos_embed.dtype
+        images = self.vae.decode(latents.to(self.device, dtype))                    # (B, 3, H, W)
+        return images.float().clamp(-1, 1)
+
+    @torch.no_grad()
     def draw(self, prompts: Sequence[str], seed: int | Sequence[int] = 0, steps: int | None = None,
              guidance: float | None = None, references: Sequence[Tensor] = (),
              progress: bool = False, size: tuple[int, int] | None = None,
-             negative: str | None = None, texts: Texts | None = None) -> Tensor:
+             negative: str | None = None, texts: Texts | None = None,
+             start: tuple[Tensor, float] | None = None) -> Tensor:
         """Draw images (B, 3, H, W) in [-1, 1]. Image i depends on its prompt and seed alone.
 
         seed: one for each image, or a number n: image i has the seed n + i. size: (H, W) in pixels.
         negative: the prompt that guidance leads away from. None is the setting of the model.
-        texts: what `encode_prompts` has made of the prompts before.
+        texts: what `encode_prompts` has made of the prompts before. start: as in `generate`.
         """
         s = self.settings
         steps = s.steps if steps is None else steps
@@ -516,9 +576,9 @@ class Pipeline:
             latents[rows] = generate(
                 self.model, noise[rows].to(self.device), text, empty, steps, guidance,
                 s.shift, [r[rows] for r in references], s.image_guidance, progress, s.solver,
-                s.guidance_interval)
-        images = self.vae.decode(latents.to(self.outline("model").pos_embed.dtype))
-        return images.float().clamp(-1, 1)
+                s.guidance_interval, self.watch,
+                start and (start[0][rows].to(self.device), start[1]))
+        return self.decode_latents(latents)
 
     def edit(self, prompts: Sequence[str], sources: Sequence[Tensor],
              seed: int | Sequence[int] = 0, steps: int | None = None,
@@ -530,8 +590,8 @@ class Pipeline:
         return self.draw(prompts, seed, steps, guidance, references, progress, size, negative,
                          texts)
 
-    def _text_start(self, questions: Sequence[str],
-                    before: Sequence[Sequence[tuple[str, str]]]) -> tuple[Tensor, Tensor]:
+    def _text_start(self, questions: Sequence[str], before: Sequence[Sequence[tuple[str, str]]],
+                    no_image: bool = False) -> tuple[Tensor, Tensor]:
         """Ids of questions followed by masks, and where the masks are; (B, L) each.
 
         Questions are sampled in the length that the model answers in, where they fit into it.
@@ -540,17 +600,20 @@ class Pipeline:
         template = s.question_template
         texts = [asked(question, template) for question in questions]
         turns = [[(asked(q, template), a) for q, a in earlier] for earlier in before]
-        ids, answer = self.tokenizer.dialogue(texts, length=s.text_length, before=turns)
+        length = length_for(no_image, s.text_length, s.text_only_length)
+        ids, answer = self.tokenizer.dialogue(texts, length=length, before=turns)
         longest = int((~answer).sum(dim=1).max())               # of the questions
-        length = s.answer_length if longest and 2 * longest <= s.answer_length else s.text_length
+        if longest and 2 * longest <= s.answer_length and not no_image:
+            length = s.answer_length
         return ids[:, :length], answer[:, :length]                                  # (B, L) each
 
-    def caption(self, images: Tensor, seed: int = 0, steps: int | None = None,
+    def caption(self, images: Tensor | None, seed: int = 0, steps: int | None = None,
                 order: str | None = None, temperature: float | None = None, progress: bool = False,
                 questions: Sequence[str] | None = None,
                 before: Sequence[Sequence[tuple[str, str]]] | None = None) -> list[str]:
         """Write captions of images (B, 3, H, W) in [-1, 1], or answers to one question about each.
 
+        images: None answers questions about a text alone.
         before: for each question the dialogue before it, pairs of question and answer.
         order: as in `describe`; None is the setting of the model. Without one, captions are written
         by confidence and answers from the left. By confidence the end of an answer comes first and
@@ -559,17 +622,44 @@ class Pipeline:
         """
         s = self.settings
         questions = [""] * len(images) if questions is None else questions
-        before = [()] * len(images) if before is None else before
-        tokens, answer = self._text_start(questions, before)                        # (B, L) each
+        before = [()] * len(questions) if before is None else before
+        tokens, answer = self._text_start(questions, before, images is None)        # (B, L) each
         generator = seeded(seed, float64_device(self.device))
-        self.stage("text_encoder", "model", "vae")              # T5 is needed in every step
+        used = ("text_encoder", "model", "vae")                 # T5 is needed in every step
+        self.stage(*(used if images is not None else used[:2]))
+        latents = None if images is None else self.encode_images(images)            # (B, C, h, w)
         ids = describe(
-            self.model, self.encode_text, self.encode_images(images), tokens.to(self.device),
+            self.model, self.encode_text, latents, tokens.to(self.device),
             self.tokenizer.mask_id, s.text_steps if steps is None else steps, order or s.order or
             None, s.temperature if temperature is None else temperature, generator, progress,
-            s.block, self.tokenizer.eos_id if s.end_last else None)                 # (B, L)
+            s.block, self.tokenizer.eos_id if s.end_last else None, self.watch)     # (B, L)
         rows = [row[mask].tolist() for row, mask in zip(ids.cpu(), answer)]
         return self.tokenizer.decode(rows)
+
+    def plan(self, prompts: Sequence[str], seed: int = 0, tries: int = PLANS,
+             progress: bool = False) -> list[str]:
+        """Complete prompts to full captions by the text branch, without a picture; one for each.
+
+        Trained by records without a picture, from a prompt to a caption. Tokens that are drawn in
+        one step do not see each other, so there is one in each step, at temperature 1. The model
+        checks itself: of `tries` plans it keeps the one whose least probable token is the most
+        probable.
+        """
+        s = self.settings
+        steps = length_for(True, s.text_length, s.text_only_length)
+        questions = [asked(prompt, s.question_template) for prompt in prompts]
+        best, chances = [""] * len(prompts), [-1.0] * len(prompts)
+        for i in range(tries):
+            plans = self.caption(None, seed + i * len(prompts), steps, "confidence", 1.0, progress,
+                                 questions=prompts)
+            ids, answer = self.tokenizer.dialogue(questions, plans, steps)          # (B, L) each
+            chance = least_probability(
+                self.model, self.encode_text, None, ids.to(self.device), answer.to(self.device),
+                self.tokenizer.mask_id).tolist() if tries > 1 else [0.0] * len(prompts)
+            for k, plan in enumerate(plans):
+                if chance[k] > chances[k]:
+                    best[k], chances[k] = plan, chance[k]
+        return best
 
     def warnings(self, prompt: str) -> list[str]:
         """Name the parts of a prompt that the model cannot see: unknown words, and a cut end."""
@@ -586,15 +676,50 @@ class Pipeline:
         return warnings
 
 
+# ---------------------------------------------------------------- films
+
+def watched(pipeline: Pipeline) -> list[tuple]:
+    """Keep the states of every step that the pipeline samples from now on, in the list returned."""
+    states: list[tuple] = []
+    # on the host: the device is full at full size
+    pipeline.watch = lambda *state: states.append(
+        tuple(x[0].cpu() if isinstance(x, Tensor) else x for x in state))
+    return states
+
+
+def film_frames(pipeline: Pipeline, states: Sequence[tuple],
+                pictures: Sequence[np.ndarray]) -> Iterator[Image.Image]:
+    """The frames of a film: of a picture drawn, or of a text written about the first picture.
+
+    states: of one picture or text, see `watched`; pictures (H, W, 3) uint8: its sources.
+    """
+    def decoded(latents: Sequence[Tensor]) -> Iterator[np.ndarray]:
+        for chunk in torch.stack(latents).split(4):             # few pictures in memory at a time
+            yield from to_pictures(pipeline.decode_latents(chunk))                  # (H, W, 3) each
+
+    if len(states[0]) == 1:                                     # tokens alone: a text
+        tokenizer = pipeline.tokenizer
+        rows = [[None if i == tokenizer.mask_id else tokenizer.piece(i) for i in ids.tolist()]
+                for ids, in states]
+        yield from text_frames(rows, pictures[0])
+        return
+    pipeline.stage("vae")
+    sigmas, noisy, clean = zip(*states)
+    yield from picture_frames(sigmas, decoded(noisy), decoded(clean), pictures)
+
+
 # ---------------------------------------------------------------- command line
 
 EXAMPLES = """examples:
   python sample.py "a small green triangle at the center on a black background" --seed 3 \\
       --out triangle.png
+  python sample.py "two circles and no square" --plan    completes the prompt first, then draws it
   python sample.py --prompts prompts.txt --out pictures/    one prompt a line
   python sample.py --edits edits.jsonl --out results/       one edit a line; again: what is missing
   python sample.py --describe a.png b.png --order ancestral --temperature 1
   python sample.py --image a.png --ask "is there a cat?" --ask "what color is it?" --dialogue
+  python sample.py "a red circle" --film film.gif           how the picture leaves the noise
+  python sample.py --describe a.png --film film.gif         how the text leaves its masks
 released weights, in their own conventions (steps, prompts, order of a text):
   python sample.py "a cat" --model UniAlignment
   python sample.py --image cat.jpg --depth --model UniAlignment --width 640 --height 448
@@ -700,6 +825,10 @@ def _parser() -> argparse.ArgumentParser:
     for kind in ("edges", "depth", "pose"):
         task.add_argument(f"--{kind}", dest="kind", action="store_const", const=kind,
                           help=f"draw the {kind} of --image")
+    p.add_argument("--plan", action="store_true", default=None,
+                   help="complete each text to draw to a full caption first, by the model itself; "
+                        "for models that are trained on plans (README.md), and prompts that leave "
+                        "much open")
     p.add_argument("--image", nargs="+", action="extend", type=Path, default=[], metavar="PICTURE",
                    help="source of --ask, --edit, --edges, --depth and --pose")
     p.add_argument("--dialogue", action="store_true", default=None,
@@ -707,6 +836,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path,
                    help="a .png file (several turns: x-1.png, x-2.png, ...), or a folder that gets "
                         "numbered files (default: pictures)")
+    p.add_argument("--film", type=Path, metavar="GIF",
+                   help="a film of the one picture or text, a frame a step: FILM.gif, below 2 MB, "
+                        "and a strip of some frames, FILM.png")
     p.add_argument("--save-embeddings", type=Path, metavar="FILE",
                    help="only encode the texts to draw or to edit with, for --embeddings on "
                         "another machine; needs T5 and its tokenizer alone (--t5, --tokenizer; "
@@ -766,13 +898,16 @@ def _check_effect(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
         (not a.embeddings, "without --embeddings, which stand for T5",
          ("t5", "tokenizer", "mask_token", "padding_id", "t5_dtype", "save_embeddings")),
         (not a.save_embeddings, "without --save-embeddings, which draws nothing",
-         ("vae", "out", "steps", "guidance", "image_guidance", "width", "height")),
+         ("vae", "out", "film", "steps", "guidance", "image_guidance", "width", "height")),
         (not a.model, "without --model", ("run",)),
         (not writes, "where pictures are drawn",
           ("out", "guidance", "negative_prompt", "guidance_interval", "solver", "embeddings",
            "save_embeddings")),
         ((a.image or a.edits) and not writes, "where pictures are edited", ("image_guidance",)),
         (a.ask, "on --ask", ("dialogue",)),
+        (a.prompt and not (a.embeddings or a.save_embeddings), "on texts to draw, by T5",
+         ("plan",)),
+        (not a.edits, "on one picture or text, not on a file of edits", ("film",)),
         (a.order == "confidence", "with --order confidence", ("block", "end_last")),
         (writes, "on --describe and --ask", ("order", "temperature")))
     for has_effect, where, names in rules:
@@ -819,6 +954,24 @@ def _check_out(p: argparse.ArgumentParser, a: argparse.Namespace, count: int) ->
     return names
 
 
+def _check_film(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
+    """Stop where --film has no single subject, or cannot be written, or would overwrite a file."""
+    subjects, files = a.names or a.describe or a.ask, (a.film, a.film.with_suffix(".png"))
+    if a.film.suffix.lower() != ".gif":
+        p.error(f"--film {a.film}: films are written as .gif; name a .gif file")
+    if len(subjects) != 1:
+        p.error(f"--film shows one picture or text, found {len(subjects)}; give one of them")
+    try:
+        for file in files:
+            if file.exists() or file.resolve() in (name.resolve() for name in a.names):
+                taken = "exists" if file.exists() else "is the picture to draw"
+                p.error(f"--film {a.film} writes {files[0].name} and {files[1].name}: {file} "
+                        f"{taken}; nothing is overwritten, choose another name")
+        _check_writable(a.film.parent)
+    except OSError as error:
+        p.error(f"--film {a.film}: cannot be written ({error})")
+
+
 def _read_files(p: argparse.ArgumentParser, a: argparse.Namespace, out: Path) -> list[Job]:
     """Add the lines of --prompts to the prompts, and return the jobs of --edits."""
     try:
@@ -853,6 +1006,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     count = len(a.prompt or a.edit or [a.kind])
     draws_new = not (a.describe or a.ask or a.edits or a.save_embeddings)
     a.names = _check_out(p, a, count) if draws_new else []
+    if a.film:
+        _check_film(p, a)
     return a
 
 
@@ -999,6 +1154,15 @@ def _save_embeddings(pipeline: Pipeline, a: argparse.Namespace,
     yield f"{a.save_embeddings}\t{len(embeddings)} texts"
 
 
+def _plans(pipeline: Pipeline, a: argparse.Namespace) -> list[str]:
+    """The full captions to draw in place of the prompts."""
+    pipeline.check_writes()
+    plans = []
+    for start in range(0, len(a.prompt), BATCH):
+        plans += pipeline.plan(a.prompt[start:start + BATCH], a.seed + start)
+    return plans
+
+
 def _draw_pictures(pipeline: Pipeline, a: argparse.Namespace,
                    size: tuple[int, int]) -> Iterator[str]:
     """Draw pictures and write each batch before the next is drawn; a line for each picture."""
@@ -1012,6 +1176,17 @@ def _draw_pictures(pipeline: Pipeline, a: argparse.Namespace,
                          rename=None if a.edits else rename)
     for job in drawn:
         yield f"{job.path}\t{job.prompt}"
+
+
+def _write_film(pipeline: Pipeline, a: argparse.Namespace, size: tuple[int, int],
+                states: Sequence[tuple]) -> Iterator[str]:
+    """Write the film of the states that `watched` has seen; one line."""
+    paths = a.describe or a.image
+    pictures = [to_pictures(load_image(path, size)[None])[0] for path in paths]     # (H, W, 3) each
+    [title] = a.prompt or a.edit or a.ask or [f"describe {paths[0].name}"]
+    frames = film_frames(pipeline, states, pictures)
+    write_film(a.film, title, list(tqdm(frames, "filming", len(states), unit="frame")))
+    yield f"{a.film}\t{a.film.with_suffix('.png')}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -1035,10 +1210,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"warning: {text!r}: {warning}", file=sys.stderr)
         if pipeline.embeddings:
             pipeline.embeddings.check(_requests(a))
+        if a.plan:
+            a.prompt = _plans(pipeline, a)
         writes = a.describe or a.ask
         task = _write_texts if writes else _draw_pictures
         task = _save_embeddings if a.save_embeddings else task
-        for line in task(pipeline, a, size):
+        lines = task(pipeline, a, size)
+        if a.film:
+            lines = itertools.chain(lines, _write_film(pipeline, a, size, watched(pipeline)))
+        for line in lines:
             print(line, flush=True)
             done += 1
         return

@@ -97,6 +97,11 @@ class T5Tokenizer:
         """The id of <extra_id_0>, which stands for a hidden token."""
         return self.vocab_size - 1
 
+    def piece(self, i: int) -> str:
+        """The text of one id; "\u2581" in front begins a word."""
+        pieces = self.pieces.get_piece_size()
+        return self.pieces.id_to_piece(i) if i < pieces else f"<extra_id_{self.mask_id - i}>"
+
     def encode(self, text: str) -> list[int]:
         """Ids of one text, unpadded, ending with </s>. A literal <extra_id_N> is sentinel N."""
         if not isinstance(text, str):

@@ -14,6 +14,7 @@ checkpoint-*/ (model, averaged weights and optimizer as safetensors), metrics.js
 shapes world samples.png, scores.json and report.html.
 """
 import contextlib
+import ctypes
 import math
 import multiprocessing
 import os
@@ -38,6 +39,7 @@ from losses import (contrastive_loss, flow_matching_loss, intrinsic_loss, masked
                     total_loss)
 from model import MMDiT, Output
 from muon import Muon
+from own_sources import first_own_step, make_own_sources
 from previews import read_requests, write_samples
 from ranks import Ranks, explain, joined_ranks
 from run_folder import (Features, Frozen, Metrics, Progress, Skipped, allowed_skips, check_parts,
@@ -169,7 +171,7 @@ def noise_seed(config: TrainConfig, step: int, micro: int, rank: int) -> int:
 
 class Corrupted(NamedTuple):
     """A micro batch as both branches see it; None for a branch that the batch does not have."""
-    latents: Tensor                 # (B, C, H, W) clean, x
+    latents: Tensor | None          # (B, C, H, W) clean, x; None: texts without pictures
     references: tuple[Tensor, ...]  # (B, C, H, W) each, clean latents of the source pictures
     # image branch
     noise: Tensor | None            # (B, C, H, W) e
@@ -190,7 +192,7 @@ class Corrupted(NamedTuple):
     @property
     def clean(self) -> Tensor:
         """The timestep (B,) of an image without noise."""
-        return self.latents.new_zeros(len(self.latents))
+        return torch.zeros_like(self.t)
 
 
 def encode_texts(text_encoder: T5Encoder, texts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -202,16 +204,16 @@ def encode_texts(text_encoder: T5Encoder, texts: dict[str, Tensor]) -> dict[str,
 
 
 @torch.no_grad()
-def corrupt(batch: Batch, latents: Tensor, text_encoder: T5Encoder, mask_id: int, empty: Tensor,
-            generator: torch.Generator, config: TrainConfig) -> Corrupted:
+def corrupt(batch: Batch, latents: Tensor | None, text_encoder: T5Encoder, mask_id: int,
+            empty: Tensor, generator: torch.Generator, config: TrainConfig) -> Corrupted:
     """Noise the image of the image branch, mask the text of the text branch.
 
-    latents (B, 1 + R, C, H, W) clean, of the image and its R sources; empty (1, L) the empty
-    prompt. The image branch sees noisy latents, the sources and the clean prompt; the text branch
-    sees clean latents and the masked text.
+    latents (B, 1 + R, C, H, W) clean, of the image and its R sources, None without pictures; empty
+    (1, L) the empty prompt. The image branch sees noisy latents, the sources and the clean prompt;
+    the text branch sees clean latents and the masked text.
     """
-    x, *references = latents.unbind(1)                                              # (B, C, H, W)
-    b, device = len(x), x.device
+    x, *references = [None] if latents is None else latents.unbind(1)               # (B, C, H, W)
+    b, device = len(batch.tokens if x is None else x), empty.device
     noise = sigma = noisy = mask = t = None
     texts: dict[str, Tensor] = {}
     if batch.prompts is not None:
@@ -311,6 +313,19 @@ class Objective(nn.Module):
 
 # ---------------------------------------------------------------- preparation
 
+def keep_freed_memory() -> None:
+    """Let malloc keep what the process frees, with the C library of Linux; else nothing happens.
+
+    Trick for speed on a CPU: a step allocates what the one before has freed. If malloc gave it back
+    to the system, the first touch of each page would cost a third of a step (experiments/LOG.md).
+    """
+    trim_threshold, mmap_max = -1, -4                           # numbers from malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        malloc = ctypes.CDLL("libc.so.6")
+        malloc.mallopt(trim_threshold, -1)                      # never
+        malloc.mallopt(mmap_max, 0)                             # no block outside of the heap
+
+
 def prepare_apart(config: TrainConfig, run: Path) -> None:
     """Make the missing parts in a process of their own, which gives 2 GB back when it ends."""
     if missing_parts(config, run):
@@ -384,9 +399,12 @@ def load_batches(dataset: Tasks, config: TrainConfig, ranks: Ranks, start: int) 
 
 
 @torch.no_grad()
-def batch_latents(batch: Batch, vae: VAE, generator: torch.Generator) -> Tensor:
-    """Latents of the images and their sources: cached means, or drawn; (B, 1 + R, C, h, w)."""
-    if batch.latents is not None:
+def batch_latents(batch: Batch, vae: VAE, generator: torch.Generator) -> Tensor | None:
+    """Latents of the images and their sources: cached means, or drawn; (B, 1 + R, C, h, w).
+
+    None for texts without pictures.
+    """
+    if batch.images is None:
         return batch.latents
     images = batch.images.flatten(0, 1)                                     # (B (1 + R), 3, H, W)
     latents = encode_in_chunks(vae, images, sample=True, generator=generator)
@@ -524,12 +542,14 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
     metrics = Metrics(files.metrics if ranks.first else None, step, ranks.mean)
     metrics.load_state(progress.metrics, device)
 
-    first_step, steps = step, []
+    first_step, steps, own_sources = step, [], None
     start = time.time() - progress.seconds
     bar = tqdm(total=config.steps, initial=step, desc="training", unit="step",
                disable=not ranks.first)
     with caught_signals() as signals, contextlib.closing(batches), contextlib.closing(bar):
         while step < config.steps:
+            if config.own_sources and own_sources is None and step >= first_own_step(config):
+                own_sources = make_own_sources(dataset, frozen, average, config, run, ranks)
             records: list[str] = []
             for micro in range(config.accumulation):
                 batch = next(batches)
@@ -537,6 +557,8 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
                 records += batch.records
                 if teacher is not None and batch.captions and batch.prompts is not None:
                     batch = batch._replace(features=online_features(batch, teacher))
+                if own_sources is not None:
+                    batch = own_sources.put_into(batch)
                 batch = batch.to(device)
                 generator = torch.Generator(device)
                 generator.manual_seed(noise_seed(config, step, micro, ranks.rank))
@@ -567,7 +589,8 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
             is_last = step == config.steps
             logs = step % config.log_every == 0 or step in config.keep or is_last
             saves = step % config.save_every == 0 or stopping or is_last
-            if logs or saves:
+            samples = config.sample_every and step % config.sample_every == 0
+            if logs or saves or samples:
                 last_norm = check_norms(steps, ranks, run)
                 steps.clear()
             if logs:
@@ -587,7 +610,7 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
                                     unfinished, **origin)
             if stopping:
                 break
-            if config.sample_every and step % config.sample_every == 0:
+            if samples:
                 before = time.time()
                 if ranks.first:
                     write_samples(run, step, frozen, average, config, requests)
@@ -616,6 +639,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(argv, __doc__)
     run = Path(config.out)
     resume = f"python train.py --resume --out {run}"
+    keep_freed_memory()
     try:
         with joined_ranks() as ranks:
             ranks.wait("arguments")                         # every rank has read run.json

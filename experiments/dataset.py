@@ -3,7 +3,9 @@
 A world is a folder with the records train.jsonl and test.jsonl and their pictures in images/.
 The tasks are those of the paper's Method section (data.py explains the formats of the records):
 
-    text_to_image       full captions, and partial prompts
+    text_to_image       full captions
+    partial             prompts that mention only a part of their picture
+    plan                partial prompts to be completed into full captions, without a picture
     edits               one to three instructions about a picture
     edges, depth, pose  perception: draw a map of a picture
     personalisation     compositions of the objects of one to three reference pictures
@@ -28,7 +30,7 @@ from tqdm import tqdm
 from config import SampleSettings
 from experiments.language import (
     CATEGORIES, EDITS, QUESTIONS, caption, random_composition, random_edit, random_edits,
-    random_prompt, random_question,
+    named_objects, random_prompt, random_question,
 )
 from experiments.world import (
     ARROWS, SHAPES, Scene, depth_map, edge_map, held_out, pose_map, random_scene, render,
@@ -43,6 +45,7 @@ EDIT_WEIGHTS = {
 QUESTION_WEIGHTS = {
     "count": 5.5, "what": 1, "exists": 4, "where": 1, "color": 3, "background": 0.3,
 }
+PLAN_WEIGHTS = {name: 1 for name in CATEGORIES} | {"position": 4, "negation": 3}
 
 Pair = tuple[str, Scene]        # the name of a picture in the folder of the world, and its scene
 
@@ -105,6 +108,16 @@ def pair_record(picture: str, scene: Scene) -> dict:
     return {"image": [picture], "conversations": _conversation(caption(scene), "<image>")}
 
 
+def plan_record(prompt: str, scene: Scene) -> dict:
+    """A partial prompt and a full caption that satisfies it, without a picture.
+
+    The caption has the objects in the prompt's order, which a model learns sooner than that of
+    their cells (experiments/LOG.md).
+    """
+    in_order = scene._replace(objects=named_objects(scene, prompt))
+    return {"conversations": _conversation(prompt, caption(in_order))}
+
+
 def _edit_record(source: str, target: str, instruction: str, target_caption: str) -> dict:
     return {
         "image": [source, target],
@@ -151,7 +164,20 @@ def write_partial_prompts(split: Split, count: int, pairs: list[Pair]) -> None:
     for i in range(count):
         prompt, scene = split.draw_text(random_prompt, CATEGORIES[i % len(CATEGORIES)])
         target = split.save_picture(render(scene))
-        split.add("text_to_image", _composition_record([], target, prompt, scene))
+        split.add("partial", _composition_record([], target, prompt, scene))
+        if split.is_test:                   # the same prompts are drawn directly and after a plan
+            split.add("plan", plan_record(prompt, scene))
+
+
+def write_plans(split: Split, count: int, pairs: list[Pair]) -> None:
+    """Write partial prompts with a full caption of a scene that satisfies them."""
+    rng = random.Random(count)              # its own, so that the other records stay as they are
+    categories = rng.choices(list(PLAN_WEIGHTS), PLAN_WEIGHTS.values(), k=count)
+    for category in categories:
+        prompt, scene = random_prompt(rng, category)
+        while not split.admits(scene):
+            prompt, scene = random_prompt(rng, category)
+        split.add("plan", plan_record(prompt, scene))
 
 
 def _draw_edit(split: Split, pairs: list[Pair], kind: str) -> tuple[str, str, Scene]:
@@ -271,6 +297,7 @@ SHARES = {
     write_poses: {"train": 0.15, "test": 0.6},
     write_compositions: {"train": 0.3, "test": 0.6},
     write_questions: {"train": 1.0, "test": 1.0},
+    write_plans: {"train": 3.0, "test": 0.0},
 }
 
 

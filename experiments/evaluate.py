@@ -8,7 +8,9 @@ of pictures that only the autoencoder has changed. The run's folder receives sco
 report.html and sheets of samples.
 """
 import argparse
+import collections
 import json
+import math
 import random
 import sys
 import time
@@ -24,10 +26,11 @@ from checkpoint import write_atomically
 from config import RunFiles, parts_of, read_config
 from data import Example, load_image, parse_weights, read_jsonl, to_images, to_pictures
 from experiments import language, world
-from experiments.report import Case, sheet, table_rows, write_report
+from experiments.report import Case, sheet, table_rows, write_cases, write_report
 from experiments.world import Object, Scene
+from film import write_film
 from run_folder import read_seconds
-from sample import Pipeline
+from sample import Pipeline, film_frames, watched
 
 
 class Trial(NamedTuple):
@@ -185,6 +188,12 @@ def judge_composition(trial: Trial) -> dict:
     }
 
 
+def is_wrong(judge: Callable[[Trial], dict], trial: Trial) -> bool | None:
+    """Whether a result is not exact; None if its judge does not say."""
+    exact = judge(trial).get("exact")
+    return None if exact is None else not exact
+
+
 # ---------------------------------------------------------------- means over many trials
 
 def mean(values: Sequence) -> float | None:
@@ -218,25 +227,35 @@ def score(judge: Callable[[Trial], dict], trials: Sequence[Trial]) -> dict:
 def score_prompts(trials: Sequence[Trial]) -> dict:
     """Share of partial prompts that their pictures satisfy, in each category and overall.
 
-    The categories are GenEval's and negation; "overall" is the mean of GenEval's. The rule is
-    stricter than GenEval's, which accepts further objects: here no other object may be there.
+    The categories are GenEval's and negation; "overall" is the mean of GenEval's. "strict": no
+    other object may be there; "geneval": others may, as GenEval judges.
     """
     categories = [language.prompt_category(trial.prompt) for trial in trials]
-    satisfied = [language.satisfies(scene_of(trial.result), trial.prompt) for trial in trials]
-    share_of = by_group(categories, satisfied)
-    names = [name for name in language.CATEGORIES if name in share_of]
-    shares = {name: share_of[name] for name in names}
-    counts = {name: categories.count(name) for name in names}
-    geneval = [name for name in names if name != "negation"]
-    shares["overall"] = mean([shares[name] for name in geneval])
-    counts["overall"] = sum(counts[name] for name in geneval)
-    return {"categories": shares, "categories_n": counts}
+    scenes = [scene_of(trial.result) for trial in trials]
+    scores = {}
+    for rule in ("strict", "geneval"):
+        satisfied = [language.satisfies(scene, trial.prompt, strict=rule == "strict")
+                     for scene, trial in zip(scenes, trials)]
+        share_of = by_group(categories, satisfied)
+        scores[rule] = {name: share_of[name] for name in language.CATEGORIES if name in share_of}
+        geneval = [share for name, share in scores[rule].items() if name != "negation"]
+        scores[rule]["overall"] = mean(geneval)
+    return scores
+
+
+def count_prompts(prompts: Sequence[str]) -> dict[str, int]:
+    """The number of partial prompts of each category; "overall" leaves negation out."""
+    counts = collections.Counter(map(language.prompt_category, prompts))
+    named = {name: counts[name] for name in language.CATEGORIES if counts[name]}
+    return named | {"overall": len(prompts) - counts["negation"]}
 
 
 # ---------------------------------------------------------------- results for the held-out records
 
 def load(example: Example, size: int) -> Trial:
     """Load the pictures of an example, (size, size, 3) uint8, as a trial without a result."""
+    if example.image is None:
+        return Trial(example.question, [], example.caption)
     paths = (*example.sources, example.image)
     *sources, picture = [to_pictures(load_image(path, size)[None])[0] for path in paths]
     if example.prompt is None:
@@ -254,7 +273,8 @@ def fill(trials: Sequence[Trial], respond_to: Callable[[list[Trial], int], Seque
     results = {}
     for count in sorted({len(trial.sources) for trial in trials}):
         group = [i for i, trial in enumerate(trials) if len(trial.sources) == count]
-        for start in tqdm(range(0, len(group), chunk), desc=label, unit="batch"):
+        starts = range(0, len(group), chunk)
+        for start in tqdm(starts, desc=label, unit="batch", disable=len(starts) == 1):
             indices = group[start:start + chunk]
             batch = [trials[i] for i in indices]
             results.update(zip(indices, respond_to(batch, start)))
@@ -263,11 +283,16 @@ def fill(trials: Sequence[Trial], respond_to: Callable[[list[Trial], int], Seque
 
 def respond(pipeline: Pipeline, trials: Sequence[Trial], seed: int, chunk: int,
             label: str) -> list[Trial]:
-    """Fill in the results of the model: texts about the source where the target is a text."""
+    """Fill in the results of the model: texts about the source where the target is a text.
+
+    Without a source, they are plans of the prompts.
+    """
     def respond_to(batch: list[Trial], start: int) -> Sequence:
         prompts = [trial.prompt for trial in batch]
         sources = zip(*(trial.sources for trial in batch))      # all first sources, all second, ...
         images = [to_images(pictures) for pictures in sources]                  # (b, 3, H, W) each
+        if isinstance(batch[0].target, str) and not images:
+            return pipeline.plan(prompts, seed + start)
         if isinstance(batch[0].target, str):
             return pipeline.caption(images[0], seed, questions=prompts)
         return to_pictures(pipeline.edit(prompts, images, seed + start))
@@ -295,7 +320,7 @@ TASKS = {
 }
 CEILINGS = {"edges": "iou", "depth": "error", "pose": "exact"}  # figure given for the autoencoder
 TURNS = 3                                                       # edits one after another
-CHAINS = 102                                                    # most pictures edited in turns
+CHAINS = 306                                                    # most pictures edited in turns
 
 
 def score_ceiling(pipeline: Pipeline, trials: Sequence[Trial], chunk: int) -> dict:
@@ -313,43 +338,84 @@ def score_pairs(pipeline: Pipeline, examples: Sequence[Example], seed: int = 0, 
                 ceiling: bool = True) -> tuple[dict, dict]:
     """Score text-to-image examples, and captions of their pictures.
 
-    An example whose prompt is not its caption has a partial prompt: it is scored apart and gets no
-    caption. ceiling=False leaves out the ceilings. Returns scores and samples as `score_shapes`.
+    ceiling=False leaves out the ceilings. Returns scores and samples as `score_shapes`.
     """
     trials = [load(example, pipeline.settings.image_size) for example in examples]
     drawn = respond(pipeline, trials, seed, chunk, "text_to_image")
-    full = [trial for trial, e in zip(drawn, examples) if e.prompt == e.caption]
-    partial = [trial for trial, e in zip(drawn, examples) if e.prompt != e.caption]
-    to_describe = [Trial("", [trial.target], trial.prompt) for trial in full]
+    to_describe = [Trial("", [trial.target], trial.prompt) for trial in drawn]
     described = respond(pipeline, to_describe, seed, chunk, "captions")
 
     scores = {
-        "text_to_image": score(judge_drawing, full),
+        "text_to_image": score(judge_drawing, drawn),
         "captions": score(judge_caption, described),
     }
-    if partial:
-        scores["text_to_image"] |= score_prompts(partial)
     if ceiling:
-        scores["ceiling"] = score_ceiling(pipeline, full, chunk)
+        scores["ceiling"] = score_ceiling(pipeline, drawn, chunk)
 
     samples = [
         ("prompt, and the picture drawn",
-         [Case([(trial.result, trial.prompt)]) for trial in full]),
+         [Case([(t.result, t.prompt)], "", is_wrong(judge_drawing, t)) for t in drawn]),
         ("picture, and the caption written",
-         [Case([(trial.sources[0], trial.result)]) for trial in described]),
-        ("partial prompt, and the picture drawn",
-         [Case([(trial.result, trial.prompt)]) for trial in partial]),
+         [Case([(t.sources[0], t.result)], "", is_wrong(judge_caption, t)) for t in described]),
     ]
     return scores, {"text_to_image": samples}
 
 
+def show_partial(trial: Trial, label: str) -> Case:
+    """Show a picture of a partial prompt; wrong unless it is strictly satisfied."""
+    wrong = not language.satisfies(scene_of(trial.result), trial.prompt)
+    return Case([(trial.result, label)], "", wrong)
+
+
+def score_partial(pipeline: Pipeline, examples: Sequence[Example], seed: int,
+                  chunk: int) -> tuple[dict, dict]:
+    """Score partial prompts: of "partial" drawn as they are, of "plan" planned and then drawn.
+
+    Returns scores and samples as `score_shapes`.
+    """
+    size = pipeline.settings.image_size
+    to_draw = [load(e, size) for e in examples if e.task == "partial"]
+    to_plan = [load(e, size) for e in examples if e.task == "plan"]
+    prompts = [trial.prompt for trial in to_draw or to_plan]
+    scores, sections = {"n": len(prompts), "categories_n": count_prompts(prompts)}, []
+    if to_draw:
+        direct = respond(pipeline, to_draw, seed, chunk, "partial")
+        scores["direct"] = score_prompts(direct)
+        sections.append(("prompt that leaves most open, drawn as it is",
+                         [show_partial(trial, trial.prompt) for trial in direct]))
+    if to_plan:
+        plans = [trial.result for trial in respond(pipeline, to_plan, seed, chunk, "plans")]
+        empty = np.zeros((size, size, 3), np.uint8)             # no picture is wanted, but any
+        drawn = respond(pipeline, [Trial(text, [], empty) for text in plans], seed, chunk,
+                        "planned")
+        planned = [t._replace(prompt=p.prompt) for t, p in zip(drawn, to_plan)]
+        parsed = [language.parse_caption(text) is not None for text in plans]
+        scores["planned"] = score_prompts(planned) | {
+            "different": len(set(plans)) / len(plans), "parsed": mean(parsed)}
+        sections.append(("the same after a plan, the model's own caption of it",
+                         [show_partial(trial, f"{trial.prompt}: {text}")
+                          for trial, text in zip(planned, plans)]))
+    return {"partial": scores}, {"partial": sections}
+
+
+def pictures_to_edit(examples: Sequence[Example], size: int) -> list[np.ndarray]:
+    """Load the sources of edits, then the pictures of full captions: CHAINS at most, each once."""
+    sources = [e.sources[0] for e in examples if e.task == "edits"]
+    pairs = [e.image for e in examples if e.task == "text_to_image"]
+    paths = list(dict.fromkeys([*sources, *pairs]))[:CHAINS]
+    return [to_pictures(load_image(path, size)[None])[0] for path in paths]
+
+
 def score_turns(pipeline: Pipeline, pictures: Sequence[np.ndarray], seed: int,
                 chunk: int) -> tuple[dict, list[Case]]:
-    """Edit pictures in turns, each time the last result by a new instruction; score every turn."""
+    """Edit pictures in turns, each time the last result by a new instruction; score every turn.
+
+    exact, standard_error: for each turn; the latter of a share of n independent chains.
+    """
     rng = random.Random(seed)
     chains = [language.random_edits(rng, scene_of(picture), TURNS) for picture in pictures]
     exact = {}
-    latest = list(pictures)
+    latest, edited = list(pictures), []
     rows = [[(picture, "source")] for picture in pictures]
     for turn in range(TURNS):
         trials = [
@@ -361,19 +427,20 @@ def score_turns(pipeline: Pipeline, pictures: Sequence[np.ndarray], seed: int,
         latest = [trial.result for trial in edited]
         for row, trial in zip(rows, edited):
             row.append((trial.result, trial.prompt))
-    return {"n": len(pictures), "exact": exact}, [Case(row) for row in rows]
+    errors = {turn: math.sqrt(share * (1 - share) / len(pictures)) for turn, share in exact.items()}
+    cases = [Case(row, "", is_wrong(judge_edit, trial)) for row, trial in zip(rows, edited)]
+    return {"n": len(pictures), "exact": exact, "standard_error": errors}, cases
 
 
-def show(trial: Trial) -> Case:
-    """Show sources, result and target; for a question, the answer and whether it is wrong."""
+def show(trial: Trial, wrong: bool | None = None) -> Case:
+    """Show sources, result and target; for a question, the answer, and the right one if wrong."""
     if isinstance(trial.result, str):
         text = trial.result or "(nothing)"
-        wrong = trial.result != trial.target
         if wrong:
-            text += f" (WRONG, expected: {trial.target})"
+            text += f" (expected: {trial.target})"
         return Case([(trial.sources[0], trial.prompt)], text, wrong)
     sources = [(picture, f"picture {i}") for i, picture in enumerate(trial.sources, start=1)]
-    return Case([*sources, (trial.result, "result"), (trial.target, "wanted")], trial.prompt)
+    return Case([*sources, (trial.result, "result"), (trial.target, "wanted")], trial.prompt, wrong)
 
 
 def score_task(pipeline: Pipeline, examples: Sequence[Example], seed: int,
@@ -384,16 +451,11 @@ def score_task(pipeline: Pipeline, examples: Sequence[Example], seed: int,
     trials = [load(example, pipeline.settings.image_size) for example in examples]
     trials = respond(pipeline, trials, seed, chunk, task)
     scores = {task: score(judge, trials)}
-    samples = {task: [(task, [show(trial) for trial in trials])]}
+    samples = {task: [(task, [show(trial, is_wrong(judge, trial)) for trial in trials])]}
     if task in CEILINGS:
         figure = CEILINGS[task]
         autoencoder = score(judge, reconstruct(pipeline, trials, chunk))
         scores["ceiling"] = {f"vae_{task}_{figure}": autoencoder[figure]}
-    if task == "edits":
-        sources = {e.sources[0]: trial.sources[0] for e, trial in zip(examples, trials)}
-        pictures = list(sources.values())[:CHAINS]              # each once, though edited often
-        scores[task]["multi_turn"], cases = score_turns(pipeline, pictures, seed, chunk)
-        samples["multi_turn"] = [("edits one after another, each of the last result", cases)]
     return scores, samples
 
 
@@ -404,15 +466,21 @@ def score_shapes(pipeline: Pipeline, examples: Sequence[Example], seed: int = 0,
     Returns the scores, and samples {name: [(title, cases), ...]}, one sheet for each name.
     """
     scores, samples, ceiling = {}, {}, {}
-    for task in ("text_to_image", *TASKS):
-        chosen = [example for example in examples if example.task == task]
+    scorers = {"text_to_image": score_pairs, "partial": score_partial}
+    for task in (*scorers, *TASKS):
+        tasks = ("partial", "plan") if task == "partial" else (task,)
+        chosen = [example for example in examples if example.task in tasks]
         if not chosen:
             continue
-        score_examples = score_pairs if task == "text_to_image" else score_task
+        score_examples = scorers.get(task, score_task)
         task_scores, task_samples = score_examples(pipeline, chosen, seed, chunk)
         ceiling |= task_scores.pop("ceiling", {})
         scores |= task_scores
         samples |= task_samples
+        if task == "edits":
+            pictures = pictures_to_edit(examples, pipeline.settings.image_size)
+            scores[task]["multi_turn"], cases = score_turns(pipeline, pictures, seed, chunk)
+            samples["multi_turn"] = [("edits one after another, each of the last result", cases)]
     return scores | {"ceiling": ceiling}, samples
 
 
@@ -434,13 +502,29 @@ def held_out_examples(run: Path) -> list[Example]:
     return [example for example in read_jsonl(test) if weights.get(example.task, other)]
 
 
+def make_films(pipeline: Pipeline, run: Path, prompt: str) -> None:
+    """Film how the model draws a prompt and describes the result: film-image.gif, film-text.gif."""
+    states = watched(pipeline)
+    image = pipeline.draw([prompt])                                             # (1, 3, H, W)
+    films = {"image": (prompt, list(film_frames(pipeline, states, [])))}
+    states = watched(pipeline)
+    [text] = pipeline.caption(image)
+    films["text"] = text, list(film_frames(pipeline, states, to_pictures(image)))
+    pipeline.watch = None
+    for name, (title, frames) in films.items():
+        for file in (film := RunFiles(run).film(name), film.with_suffix(".png")):
+            file.unlink(missing_ok=True)                        # of an evaluation before
+        write_film(film, title, frames)
+
+
 def evaluate_run(run: Path, device: str | torch.device = "cpu") -> dict:
     """Score the newest checkpoint of a run; write scores.json, sheets of samples, report.html."""
     start = time.time()
     files = RunFiles(run)
     seconds = read_seconds(run)
     pipeline = Pipeline.from_run(run, device=device)
-    scores, samples = score_shapes(pipeline, held_out_examples(run))
+    examples = held_out_examples(run)
+    scores, samples = score_shapes(pipeline, examples)
 
     seconds["evaluation"] = round(time.time() - start, 1)
     total = round(sum(seconds.values()), 1)
@@ -451,6 +535,10 @@ def evaluate_run(run: Path, device: str | torch.device = "cpu") -> dict:
         picture = sheet(sections)
         file = files.samples("" if name == "text_to_image" else name)
         write_atomically(file, lambda path: picture.save(path, "PNG", optimize=True))
+    write_cases(run, samples)
+    if "text_to_image" in samples:
+        captions = [e.caption for e in examples if e.task == "text_to_image"]
+        make_films(pipeline, run, captions[-1])                 # the last one has three objects
     write_report(run)
     return scores
 

@@ -127,45 +127,44 @@ def prompt_category(prompt: str) -> str:
     return "colors" if has_color else "single_object"
 
 
-def _shows_number(scene: Scene, text: str) -> bool:
-    """Judge "two red circles" or "two objects and no circle"."""
-    number, _, rest = text.partition(" ")
-    wanted, _, unwanted = rest.partition(" and no ")
-    if unwanted and _fitting(scene, unwanted):
-        return False
-    return len(_fitting(scene, wanted)) == len(scene.objects) == NUMBERS.index(number)
+def named_objects(scene: Scene, prompt: str) -> tuple[Object, ...]:
+    """The objects that a partial prompt names, in its order; none if the scene lacks one of them.
 
-
-def _shows_two(scene: Scene, text: str) -> bool:
-    """Judge "a circle and a square" or "a red circle above a square"."""
-    if len(scene.objects) != 2:
-        return False
-    one, other = scene.objects
+    The prompt's background does not count.
+    """
+    text, _, _ = prompt.partition(" on a ")
+    category = prompt_category(text)
+    if category in ("counting", "negation"):                    # "two objects and no circle"
+        number, _, rest = text.partition(" ")
+        wanted, _, unwanted = rest.partition(" and no ")
+        objects = _fitting(scene, wanted)
+        has_unwanted = bool(unwanted and _fitting(scene, unwanted))
+        is_true = len(objects) == NUMBERS.index(number) and not has_unwanted
+        return tuple(objects) if is_true else ()
+    if category in ("single_object", "colors"):
+        return tuple(_fitting(scene, text)[:1])
+    pairs = itertools.permutations(scene.objects, 2)            # "a red circle above a square"
     for relation, holds in RELATIONS.items():
         if f" {relation} " in text:
             first, second = text.split(f" {relation} ")
-            pairs = [(a, b) for a, b in ((one, other), (other, one)) if holds(a, b)]
+            pairs = [(a, b) for a, b in pairs if holds(a, b)]
             break
     else:
         first, second = text.split(" and ")
-        pairs = [(one, other), (other, one)]
-    return any(fits(a, first) and fits(b, second) for a, b in pairs)
+    return next(((a, b) for a, b in pairs if fits(a, first) and fits(b, second)), ())
 
 
-def satisfies(scene: Scene, prompt: str) -> bool:
-    """Return whether a scene shows exactly the objects of a partial prompt, and its background.
+def satisfies(scene: Scene, prompt: str, strict: bool = True) -> bool:
+    """Return whether a scene shows the objects of a partial prompt, and its background.
 
-    Stricter than GenEval: no other object may be in the scene.
+    strict: no other object may be in the scene. Else as GenEval judges: others may, but not more
+    objects of a kind than are to be counted.
     """
-    text, _, background = prompt.removesuffix(" background").partition(" on a ")
+    _, _, background = prompt.removesuffix(" background").partition(" on a ")
     if background and background != scene.background:
         return False
-    category = prompt_category(prompt)
-    if category in ("counting", "negation"):
-        return _shows_number(scene, text)
-    if category in ("single_object", "colors"):
-        return len(scene.objects) == 1 and fits(scene.objects[0], text)
-    return _shows_two(scene, text)
+    count = len(named_objects(scene, prompt))
+    return count > 0 and (not strict or count == len(scene.objects))
 
 
 def _short_name(o: Object, with_color: bool) -> str:

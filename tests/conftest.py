@@ -1,4 +1,7 @@
 """Shared by the tests: reference outputs, sparse checkpoints of full size, and a quick run."""
+import base64
+import html.parser
+import io
 import json
 import math
 import os
@@ -6,7 +9,9 @@ import struct
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
@@ -102,3 +107,33 @@ def losses(run: Path) -> list[dict]:
     for line in lines:
         line.pop("seconds")
     return lines
+
+
+# ---------------------------------------------------------------- pages
+
+class ParsedPage(html.parser.HTMLParser):
+    """A page of HTML: its text, its images, and the tags that are still open at its end."""
+    def __init__(self, page: str):
+        super().__init__()
+        self.open, self.images, self.text = [], [], ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "img":
+            self.images.append(dict(attributes))
+        elif tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def pictures(self) -> list[np.ndarray]:
+        """The images, all of which are PNG files inside of the page."""
+        starts = [image["src"].partition(",") for image in self.images]
+        assert all(start == "data:image/png;base64" for start, _, _ in starts)
+        files = [io.BytesIO(base64.b64decode(data)) for _, _, data in starts]
+        return [np.asarray(Image.open(file)) for file in files]

@@ -45,7 +45,9 @@ def test_names_of_the_files_of_a_run(tmp_path):
     assert files.folder == tmp_path
     names = {"config": "run.json", "metrics": "metrics.jsonl", "skipped": "skipped.jsonl",
              "seconds": "seconds.json", "scores": "scores.json", "report": "report.html",
+             "scored": "scores.jsonl", "cases": "samples.json",
              "world": "data", "tokenizer": "tokenizer.model", "progress": "progress.png",
+             "own_sources": "own_sources.safetensors",
              "text_encoder": "text_encoder.safetensors", "vae": "vae.safetensors",
              "teacher": "teacher"}
     assert vars(files) == {"folder": tmp_path} | {key: tmp_path / n for key, n in names.items()}
@@ -53,6 +55,9 @@ def test_names_of_the_files_of_a_run(tmp_path):
     assert files.kept(7) == tmp_path / "kept-00000007.safetensors"
     assert files.samples() == tmp_path / "samples.png"
     assert files.samples("edits") == tmp_path / "samples_edits.png"
+    for name in ("film-text.gif", "film-picture.gif", "film.gif", "film-strip.png"):
+        (tmp_path / name).touch()
+    assert files.films() == [tmp_path / "film-picture.gif", tmp_path / "film-text.gif"]
 
 
 def test_checkpoints_and_samples_of_a_run(tmp_path):

@@ -852,6 +852,26 @@ def test_batches_of_questions(records):
     assert batch.answer.tolist() == [[False] + [True] * 5, [False] * 2 + [True] * 4]
 
 
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_batches_of_texts_without_pictures(folder, is_cached):
+    """They share no batch with questions about pictures, and have a length of their own."""
+    lines = [{"conversations": ["p", "plan", "pp", "plans"]},
+             {"image": ["images/e.png"], "conversations": ["q", "one"]}]
+    records = read_jsonl(write(folder, *lines))
+    dataset = tasks(records, text_only_length=8)
+    assert len(dataset.groups) == 2 and [path.stem for path in dataset.paths] == ["e"]
+    if is_cached:
+        dataset.latents = torch.zeros(1, 16, 2, 2)
+    batch = dataset.__getitems__([0, 1])
+    assert batch.images is None and batch.latents is None and batch.prompts is None
+    assert letters(batch.tokens) == ["pplan___", "ppplans_"]
+    assert batch.answer.tolist() == [[False] + [True] * 7, [False] * 2 + [True] * 6]
+    assert batch.captions == ("plan", "plans") and batch.task == "questions"
+    with_picture = dataset.__getitems__([2])
+    assert letters(with_picture.tokens) == ["qone__"]
+    assert (with_picture.latents if is_cached else with_picture.images) is not None
+
+
 def test_batches_with_latents(records, monkeypatch):
     dataset = tasks(records)
     names = [path.stem for path in dataset.paths]

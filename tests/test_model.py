@@ -302,6 +302,23 @@ def test_streams_are_in_full_precision_under_autocast(tiny):
         assert (a.float() - b).norm() < 0.05 * b.norm()
 
 
+def test_autograd_keeps_no_copy_of_the_modulations(tiny):
+    """A third of all weights: under autocast a matrix product keeps its weight as bfloat16."""
+    copies = []
+
+    def pack(x):
+        copies.extend([x.shape] if x.dtype == torch.bfloat16 else [])
+        return x
+
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            tiny(*some_inputs())
+    weight = tiny.blocks[0].image.modulation.weight
+    assert not {weight.shape, weight.T.shape} & set(copies)
+    assert {tiny.blocks[0].image.fc1.weight.shape, tiny.blocks[0].image.fc1.weight.T.shape} & \
+        set(copies)
+
+
 def test_text_positions_distinguish_equal_tokens(tiny):
     """T5 encodes a fully masked caption as equal vectors."""
     latents, text, timestep = some_inputs()
@@ -358,6 +375,34 @@ def test_want_with_rows(tiny):
     for name, rows in (("velocity", first), ("image_hidden", first),
                        ("logits", last), ("text_hidden", last)):
         close(getattr(out, name), getattr(full, name)[rows], atol=1e-6)
+
+
+def test_logits_of_a_mask_of_tokens(tiny):
+    latents, text, timestep = some_inputs()
+    mask = torch.zeros(text.shape[:2], dtype=torch.bool)
+    mask[0, 2:5] = mask[2, ::3] = True
+    whole = tiny(latents, text, timestep)
+    some = tiny(latents, text, timestep, want={"logits": mask})
+    assert 0 < mask.sum() < mask.numel() and some.velocity is None
+    close(some.logits, whole.logits[mask])
+    close(some.text_hidden, whole.text_hidden[mask])
+
+
+def test_the_last_block_updates_only_what_the_heads_read(tiny):
+    seen, last = [], tiny.blocks[-1]
+    last.image.fc1.register_forward_hook(lambda *_: seen.append("image"))
+    last.text.fc1.register_forward_hook(lambda *_: seen.append("text"))
+    whole = tiny(*some_inputs())
+    assert sorted(seen) == ["image", "text"]
+    seen.clear()
+    assert torch.equal(tiny(*some_inputs(), want=("velocity",)).velocity, whole.velocity)
+    assert seen == ["image"]
+    seen.clear()
+    assert torch.equal(tiny(*some_inputs(), want=("logits",)).logits, whole.logits)
+    assert seen == ["text"]
+    seen.clear()                            # the alignment after it reads both
+    tiny(*some_inputs(), align_depth=len(tiny.blocks), want=("logits",))
+    assert sorted(seen) == ["image", "text"]
 
 
 def test_rows_of_a_batch_with_source_images(tiny):

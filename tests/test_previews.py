@@ -86,6 +86,7 @@ def test_a_resumed_run_continues_the_strip(finished, sampled, tmp_path, monkeypa
     for step in (2, 4, 6):
         assert files.samples_at(step).read_bytes() == whole.samples_at(step).read_bytes()
     assert files.progress.read_bytes() == whole.progress.read_bytes()
+    assert files.scored.read_text() == whole.scored.read_text()
 
 
 def test_the_time_of_samples_is_no_time_of_training(finished, tmp_path, monkeypatch):
@@ -103,6 +104,39 @@ def test_one_rank_draws(finished, tmp_path):
     files = RunFiles(run)
     assert files.sampled_until(9) == [files.samples_at(3), files.samples_at(6)]
     assert files.progress.exists()
+
+
+# ---------------------------------------------------------------- scores of a few records
+
+def test_each_sampling_is_scored(sampled):
+    """A line for each sampling, with the scores of other records of every task."""
+    lines = [json.loads(line) for line in RunFiles(sampled).scored.read_text().splitlines()]
+    final = json.loads(RunFiles(sampled).scores.read_text())
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    for line in lines:
+        assert set(line) == {"step"} | set(final) - {"seconds"}
+        assert line["captions"]["n"] == line["edits"]["n"] == previews.FEW
+    report.write_report(sampled)
+    assert ">score<" in RunFiles(sampled).report.read_text()
+
+
+def test_records_of_the_samplings(sampled, monkeypatch):
+    """Each takes the next ones, from the start again after the last; later lines are dropped."""
+    from experiments import evaluate
+    taken, run = [], sampled
+    fake = [example(Path(f"{i}"), task="edits", prompt="p", caption="c") for i in range(6)]
+    fake += [example(Path("a"), prompt="p", caption="p"), example(Path("b"), prompt="p")]
+    monkeypatch.setattr(evaluate, "held_out_examples", lambda run: fake)
+    monkeypatch.setattr(evaluate, "score_shapes",
+                        lambda pipeline, chosen: (taken.append(chosen) or {"x": 1}, {}))
+    before = RunFiles(run).scored.read_text()
+    for sampling in (0, 1):
+        previews.append_scores(run, 4, None, sampling)
+    assert [[e.image.name for e in chosen] for chosen in taken] == [
+        ["0", "1", "2", "3", "a", "b"], ["4", "5", "0", "1", "a", "b"]]
+    lines = RunFiles(run).scored.read_text().splitlines()
+    assert lines == [before.splitlines()[0], '{"step": 4, "x": 1}']
+    RunFiles(run).scored.write_text(before)
 
 
 # ---------------------------------------------------------------- what is sampled

@@ -10,7 +10,7 @@ from PIL import Image
 
 import records
 from conftest import TESTS
-from records import Example, find_file, open_records, parse_record, read_jsonl
+from records import Example, find_file, kind_of, open_records, parse_record, read_jsonl
 from text_encoder import T5Tokenizer
 
 TOKENIZER = T5Tokenizer(TESTS / "golden" / "t5_spiece.model")
@@ -128,6 +128,17 @@ def test_absolute_paths(folder, tmp_path_factory):
 def test_captions_of_any_characters(folder, text):
     path = write(folder, PAIR | {"conversations": [text, "<image>"]})
     assert read_jsonl(path)[0].caption == text
+
+
+@pytest.mark.parametrize("task", [None, "plan"])
+def test_texts_without_a_picture(folder, task):
+    named = {"task": task} if task else {}
+    path = write(folder, named | {"conversations": ["two circles", "a red circle", "a", "b"]}, PAIR)
+    plan, second, pair = read_jsonl(path)
+    assert plan == Example(task or "questions", None, (), None, "two circles", "a red circle")
+    assert plan.pictures == () and pair.pictures == (pair.image,)
+    assert second.question == "a" and kind_of(plan) == kind_of(second)
+    assert kind_of(plan).no_image and not kind_of(pair).no_image
 
 
 @pytest.mark.parametrize("bad, words", [

@@ -2,6 +2,7 @@
 import errno
 import io
 import json
+import math
 import os
 import random
 import re
@@ -29,8 +30,10 @@ from config import DUAL, ORDERS
 from data import load_image, to_pictures
 from experiments.language import caption
 from experiments.world import random_scene
+from film import GAP, LINE, TILE
 from model import MMDiT, MMDiTConfig, Output
-from sample import Pipeline, describe, float64_device, flow_sigmas, generate, main
+from sample import (Pipeline, describe, draw_tokens, float64_device, flow_sigmas, generate,
+                    least_probability, main, probability_of)
 from text_encoder import T5Config, T5Encoder, T5Tokenizer
 from vae import VAE, VAEConfig
 
@@ -234,6 +237,32 @@ def test_no_image_guidance_outside_of_the_interval():
     assert model.batch_sizes == [2] * 3
 
 
+@pytest.mark.parametrize("solver", ["euler", "ab2"])
+def test_every_sigma_can_be_watched(solver):
+    """Along dx = 3 (1 + 2 sigma) dsigma; watching changes nothing."""
+    seen = []
+    latents = generate(Polynomial(1.0, 2.0), NOISE, TEXT, EMPTY, 5, 1.0, solver=solver,
+                       watch=lambda *state: seen.append(state))
+    assert torch.equal(latents, generate(Polynomial(1.0, 2.0), NOISE, TEXT, EMPTY, 5, 1.0,
+                                         solver=solver))
+    assert [sigma for sigma, _, _ in seen] == flow_sigmas(5).tolist()       # from 1 to 0
+    assert torch.equal(seen[0][1], NOISE) and torch.equal(seen[-1][1], latents)
+    for sigma, x, clean in seen:
+        close(clean, x - sigma * 3 * (1 + 2 * sigma), atol=1e-5)
+    assert torch.equal(seen[-1][2], latents)
+
+
+def test_a_start_from_noisy_latents():
+    """Half of the way from the state at sigma 0.5; the first pass is at this sigma."""
+    model, clean = Recorder(), torch.randn(2, 16, 4, 4)
+    latents = generate(model, NOISE, TEXT, EMPTY, 4, 1.0, shift=1.0, start=(clean, 0.5))
+    torch.testing.assert_close(latents, (clean + NOISE) / 2 - 0.5 * 3)
+    times = [timestep[0].item() for _, _, timestep, *_ in model.calls]
+    even = flow_sigmas(4, 1.0)
+    assert times == pytest.approx([500, *(1000 * even[even < 0.5])[:-1].tolist()])
+    assert torch.equal(model.calls[0][0], (clean + NOISE) / 2)
+
+
 def test_unknown_solver():
     with pytest.raises(ValueError, match="solver = 'heun'.*euler"):
         generate(Recorder(), NOISE, TEXT, EMPTY, 3, solver="heun")
@@ -416,6 +445,22 @@ def test_the_same_seed_gives_the_same_text():
         assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_watched_masks_only_ever_open(order):
+    tokens, logits, seen = all_masked(2, 30), torch.randn(30, 7, generator=seeded()), []
+    tokens[:, :4] = 3                                               # a question
+    result = Fake(logits).describe(tokens, steps=6, order=order, temperature=1.0,
+                                   generator=seeded(), watch=seen.append)
+    assert torch.equal(seen[0], tokens) and torch.equal(seen[-1], result)
+    for before, after in zip(seen, seen[1:]):
+        is_open = before != MASK
+        assert torch.equal(after[is_open], before[is_open])
+        assert (after == MASK).sum() < (before == MASK).sum()
+    assert len(seen) == 7 or order == "ancestral"
+    assert torch.equal(result, Fake(logits).describe(
+        tokens, steps=6, order=order, temperature=1.0, generator=seeded()))
+
+
 def test_no_forward_pass_where_nothing_was_revealed():
     fake = Fake(confident([2, 0, 1]))
     assert fake.describe(all_masked(1, 3), steps=30).tolist() == [[0, 1, 2]]
@@ -450,6 +495,58 @@ def test_impossible_ways_to_write(options):
     [value] = options.values()
     with pytest.raises(ValueError, match=re.escape(repr(value))):
         Fake(torch.zeros(3, 7)).describe(all_masked(1, 3), **options)
+
+
+# ---------------------------------------------------------------- draws
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_most_probable_tokens_are_those_of_float64(dtype):
+    """The first of several, as there are many in bfloat16; over more rows than one block has."""
+    logits = (4 * torch.randn(100, 3000, generator=seeded())).to(dtype)
+    logits[:, -1] = 100                                         # the mask is never drawn
+    tokens = draw_tokens(logits, 0, None)
+    assert torch.equal(tokens, logits[:, :-1].double().argmax(dim=-1))
+    expected = logits[:, :-1].double().softmax(dim=-1).gather(-1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(probability_of(tokens, logits), expected, rtol=1e-5, atol=0)
+    assert torch.equal(probability_of(tokens, logits).argsort(), expected.argsort())
+
+
+def test_probabilities_near_one_keep_their_order():
+    """In float32 they would all be 1."""
+    lead = torch.tensor([30.0, 25.0, 35.0, 20.0])
+    logits = torch.zeros(4, 100)
+    logits[:, 7] = lead
+    probability = probability_of(draw_tokens(logits, 0, None), logits)
+    assert probability.argsort().tolist() == lead.argsort().tolist()
+    others = 98 * (-lead.double()).exp()
+    torch.testing.assert_close(1 - probability, others / (1 + others), rtol=1e-3, atol=1e-15)
+
+
+def test_rare_tokens_are_drawn_as_often_as_they_should():
+    """32,000 tokens of 2.5e-8 each beside one of 0.9992: a float32 sum loses them all."""
+    rare, count, draws = 2.5e-8, 32_000, 20_000
+    logits = torch.full((1, count + 2), math.log(rare))
+    logits[0, 0], logits[0, -1] = math.log(1 - count * rare), 50
+    tokens = draw_tokens(logits.expand(draws, -1), 1.0, seeded())
+    assert tokens.max() <= count
+    assert abs((tokens > 0).sum() - draws * count * rare) < 12              # Poisson of mean 16
+
+
+def test_only_the_logits_of_chosen_tokens_are_asked_for():
+    order = [5, 0, 7, 3, 2, 6, 1, 4]
+
+    def asked_for(tokens, **options):
+        fake = Fake(confident(order))
+        fake.describe(tokens, **options)
+        return [want["logits"].sum(dim=1).tolist() for *_, want in fake.seen]
+
+    tokens = all_masked(2, 8)
+    tokens[1, :4] = 3
+    assert asked_for(tokens, steps=4, order="left") == [[2, 1]] * 4
+    assert asked_for(tokens, steps=4) == [[8, 4], [6, 3], [4, 2], [2, 1]]
+    assert asked_for(tokens, steps=4, block=4) == [[4, 4], [2, 3], [4, 2], [2, 1]]
+    ancestral = asked_for(tokens, steps=4, order="ancestral", temperature=1.0, generator=seeded())
+    assert torch.tensor(ancestral).sum(dim=0).tolist() == [8, 4]            # each token once
 
 
 # ---------------------------------------------------------------- a tiny run and its pipeline
@@ -685,6 +782,66 @@ def test_captions_are_answers_to_no_question(run):
     assert texts == [from_left[0], by_confidence[1]]
 
 
+# ---------------------------------------------------------------- plans
+
+def test_the_least_probable_token_given_the_others(run):
+    pipeline = Pipeline.from_run(run)
+    tokenizer = pipeline.tokenizer
+    ids, answer = tokenizer.dialogue(["a circle", ""], ["a red circle", "blue"], 12)
+    expected = []
+    for row, counts in zip(ids, answer):
+        chances = []
+        for i in counts.nonzero()[:, 0]:
+            masked = row.clone()
+            masked[i] = tokenizer.mask_id
+            with torch.no_grad():
+                text = pipeline.encode_text(masked[None])
+                logits = pipeline.model(None, text, torch.zeros(1), want=("logits",)).logits[0, i]
+            logits[tokenizer.mask_id] = -torch.inf
+            chances.append(logits.double().softmax(-1)[row[i]].item())
+        expected.append(min(chances))
+    inputs = pipeline.model, pipeline.encode_text, None, ids, answer, tokenizer.mask_id
+    alone = least_probability(*inputs, parts=12)
+    assert alone.tolist() == pytest.approx(expected, rel=1e-4)
+    together = least_probability(*inputs, parts=3)
+    assert together.tolist() != pytest.approx(expected, rel=1e-2)   # fewer others are known
+
+
+def test_a_plan_is_the_surest_of_several(run, monkeypatch):
+    pipeline, calls = Pipeline.from_run(run), []
+    texts = ["a red circle", "a blue square", "a large red circle"]
+
+    def caption(images, seed, steps, order, temperature, progress, questions):
+        assert images is None and (steps, order, temperature) == (40, "confidence", 1.0)
+        calls.append(seed)
+        return [texts[len(calls) - 1]] * len(questions)
+
+    def chance(model, encode, latents, ids, answer, mask_id):
+        assert latents is None and ids.shape[1] == 40 and not answer[:, 0].any()
+        return torch.tensor([[0.1, 0.9], [0.3, 0.2], [0.2, 0.5]][len(calls) - 1])
+
+    pipeline.settings = replace(pipeline.settings, text_only_length=40)
+    monkeypatch.setattr(pipeline, "caption", caption)
+    monkeypatch.setattr("sample.least_probability", chance)
+    assert pipeline.plan(["a circle", "a square"], seed=7) == ["a blue square", "a red circle"]
+    assert calls == [7, 9, 11]
+    calls.clear()
+    assert pipeline.plan(["a circle"], seed=7, tries=1) == ["a red circle"] and calls == [7]
+
+
+def test_texts_without_a_picture_have_their_own_length(run):
+    pipeline, shapes = Pipeline.from_run(run), []
+    pipeline.settings = replace(pipeline.settings, text_only_length=40, answer_length=20)
+    encode = pipeline.text_encoder.forward
+    pipeline.text_encoder.forward = lambda ids: shapes.append(tuple(ids.shape)) or encode(ids)
+    first = pipeline.caption(None, questions=["a circle", "a square"], temperature=1.0)
+    assert set(shapes) == {(2, 40)} and first[0] != first[1]
+    assert pipeline.caption(None, questions=["a circle", "a square"], temperature=1.0) == first
+    shapes.clear()
+    pipeline.caption(random_images(1), questions=["a circle"])
+    assert set(shapes) == {(1, 20)}
+
+
 def test_the_newest_checkpoint_is_taken(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     model = MMDiT.from_pretrained(run / "checkpoint-00000001" / "ema.safetensors")
@@ -848,6 +1005,23 @@ def test_answers_on_the_command_line(run, inside, capsys):
     assert "'red circle red circle" in stopped(too_long)
 
 
+def test_plans_are_printed_and_drawn(run, inside, capsys):
+    pipeline = Pipeline.from_run(run)
+    [plan] = pipeline.plan([BLUE], seed=3)
+    main([BLUE, "--plan", "--run", str(run), "--seed", "3", "--out", "x.png"])
+    assert capsys.readouterr().out == f"x.png\t{plan}\n" and plan != BLUE
+    main([plan, "--run", str(run), "--seed", "3", "--out", "y.png"])
+    assert Image.open("x.png").text["prompt"] == plan
+    assert (pixels("x.png") == pixels("y.png")).all()
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--describe", "a.png"], ["--image", "a.png", "--edit", "a"],
+    ["a", "--save-embeddings", "e.safetensors"], ["a", "--embeddings", "e.safetensors"]])
+def test_plans_are_of_texts_to_draw(sources, arguments, capsys):
+    assert "--plan has an effect only on texts to draw" in refused([*arguments, "--plan"], capsys)
+
+
 # ---------------------------------------------------------------- editing
 
 @pytest.fixture
@@ -995,6 +1169,93 @@ def test_maps_are_edits(run, sources, kind, capsys):
     assert (pixels("map.png") == pixels("edit.png")).all()
 
 
+# ---------------------------------------------------------------- films
+
+def film_of(path):
+    """Number of frames, and the milliseconds of the last."""
+    with Image.open(path) as gif:
+        gif.seek(gif.n_frames - 1)
+        return gif.n_frames, gif.info["duration"]
+
+
+def last_tile(strip, side):
+    """The rightmost picture of side x side in a strip of four frames under a title of one line."""
+    picture = pixels(strip)
+    top = GAP + LINE + GAP
+    return picture[top:top + side, -GAP - side:-GAP]
+
+
+def test_a_film_of_a_picture(run, inside, capsys):
+    """Four noise levels for three steps. The last clean estimate is the picture itself."""
+    main([BLUE, "--run", str(run), "--out", "a.png", "--film", "deep/film.gif"])
+    assert capsys.readouterr().out == f"a.png\t{BLUE}\ndeep/film.gif\tdeep/film.png\n"
+    assert film_of("deep/film.gif") == (4, 3000)
+    main([BLUE, "--run", str(run), "--out", "b.png"])
+    assert (pixels("a.png") == pixels("b.png")).all()
+    enlarged = pixels("a.png").repeat(TILE // 32, 0).repeat(TILE // 32, 1)
+    assert (last_tile("deep/film.png", TILE) == enlarged).all()
+
+
+@pytest.mark.parametrize("task", [
+    ["--edit", BLUE], ["--edges"], ["--width", "32", "--height", "48", "--pose"]])
+def test_a_film_of_an_edit_begins_with_the_source(run, sources, inside, task):
+    main(["--image", "a.png", *task, "--run", str(run), "--out", "c.png", "--film", "film.gif"])
+    assert film_of("film.gif") == (4, 3000)
+    source = to_pictures(load_image("a.png", pixels("c.png").shape[:2])[None])[0]
+    scale, top = TILE // max(source.shape), GAP + LINE + GAP
+    shown = source.repeat(scale, 0).repeat(scale, 1)
+    assert (pixels("film.png")[top:, GAP:][:shown.shape[0], :shown.shape[1]] == shown).all()
+
+
+@pytest.mark.parametrize("task", [
+    ["--describe", "a.png"], ["--image", "a.png", "--ask", "a red circle"],
+    ["--image", "a.png", "--ask", "a red circle", "--dialogue"],
+    ["--describe", "a.png", "--order", "ancestral", "--temperature", "1"]])
+def test_a_film_of_a_text(run, sources, inside, task, capsys):
+    main([*task, "--run", str(run)])
+    text = capsys.readouterr().out
+    main([*task, "--run", str(run), "--film", "film.gif"])
+    assert capsys.readouterr().out == f"{text}film.gif\tfilm.png\n"
+    frames, pause = film_of("film.gif")
+    assert pause == 3000 and frames == 7 or "ancestral" in task     # text_steps = 6
+    assert (inside / "film.png").is_file() and not (inside / "pictures").exists()
+
+
+def test_latents_of_a_film_are_decoded_few_at_a_time(run, inside, monkeypatch):
+    """They wait on the host, and the autoencoder has its turn after the last step."""
+    counts, stages = [], []
+    decode, stage = Pipeline.decode_latents, Pipeline.stage
+    monkeypatch.setattr(Pipeline, "decode_latents", lambda self, latents: (
+        counts.append(len(latents)), decode(self, latents))[1])
+    monkeypatch.setattr(Pipeline, "stage", lambda self, *names: (
+        stages.append(names), stage(self, *names))[1])
+    main([PROMPT, "--run", str(run), "--steps", "5", "--film", "film.gif"])
+    assert counts[0] == 1 and sorted(counts[1:]) == [2, 2, 4, 4]    # six states and six estimates
+    assert stages[-1] == ("vae",)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["a", "--film", "film"], "--film film: films are written as .gif; name a .gif file"),
+    (["a", "--film", "film.png"], "films are written as .gif"),
+    (["a", "b", "--film", "film.gif"], "--film shows one picture or text, found 2"),
+    (["--prompts", "two.txt", "--film", "film.gif"], "found 2"),
+    (["--describe", "a.png", "b.png", "--film", "film.gif"], "found 2"),
+    (["--image", "a.png", "--ask", "a", "--ask", "b", "--film", "film.gif"], "found 2"),
+    (["--image", "a.png", "--edit", "a", "--edit", "b", "--film", "film.gif"], "found 2"),
+    (["--edits", "edits.jsonl", "--film", "film.gif"], "--film has an effect only on one picture"),
+    (["a", "--film", "mine.gif"], "mine.gif exists; nothing is overwritten, choose another name"),
+    (["a", "--film", "b.gif"], "--film b.gif writes b.gif and b.png: b.png exists"),
+    (["a", "--out", "c.png", "--film", "c.gif"], "c.png is the picture to draw"),
+    (["a", "--film", "pictures/0001.gif"], "pictures/0001.png is the picture to draw"),
+    (["a", "--film", "mine.gif/film.gif"], "--film mine.gif/film.gif: cannot be written")])
+def test_films_that_cannot_be_made(sources, inside, capsys, arguments, words):
+    (inside / "mine.gif").write_text("mine")
+    (inside / "two.txt").write_text("a\nb\n")
+    (inside / "edits.jsonl").write_text('{"image": "a.png", "instruction": "b"}\n')
+    assert words in refused(arguments, capsys)
+    assert (inside / "mine.gif").read_text() == "mine" and len(list(inside.iterdir())) == 5
+
+
 # ---------------------------------------------------------------- help, errors and warnings
 
 def test_help_has_an_example_of_every_task(capsys):
@@ -1003,7 +1264,7 @@ def test_help_has_an_example_of_every_task(capsys):
     printed = capsys.readouterr().out.splitlines()
     lines = [line for line in printed if line.strip().startswith("python sample.py")]
     for words in ('sample.py "', "--describe", "--ask", "--edit", "--image a.png b.png --edit",
-                  "--edges", "--depth", "--pose", "--prompts", "--model"):
+                  "--edges", "--depth", "--pose", "--prompts", "--film", "--model"):
         assert any(words in line for line in lines), words
     assert any(line.count("--edit") == 2 for line in lines)
 
@@ -1328,6 +1589,8 @@ def test_image_guidance_out_of_range(sources):
     (["--describe", "a.png", "--negative", "b"], "--negative has an effect only where pictures"),
     (["--describe", "a.png", "--dialogue"], "--dialogue has an effect only on --ask"),
     (["--describe", "a.png", "--block", "4"], "--block has an effect only with --order confidence"),
+    (["a", "--save-embeddings", "x", "--t5", "y", "--tokenizer", "y", "--film", "a.gif"],
+     "--film has an effect only without --save-embeddings"),
     (["--describe", "a.png", "--end-last"], "--end-last has an effect only with --order conf"),
     (["--prompt", "a"], "unrecognized arguments: --prompt"),
     (["a", "--seed", "1.5"], "--seed"), (["a", "--steps", "nan"], "--steps"),

@@ -47,6 +47,11 @@ def test_sentinels_in_a_text(tok):
         assert max(tok.encode(text)) < 32000
 
 
+def test_pieces_of_a_text(tok):
+    pieces = [tok.piece(i) for i in tok.encode("a triangle <extra_id_0><extra_id_99>")]
+    assert pieces == ["▁", "a", "▁triangle", "<extra_id_0>", "<extra_id_99>", "</s>"]
+
+
 def test_batch_is_padded_and_cut(tok):
     ids = tok(["a cat", "", "a cat on a mat in a hat"], length=6)
     cat, long = tok.encode("a cat"), tok.encode("a cat on a mat in a hat")

@@ -28,7 +28,8 @@ from run_folder import load_models, optimizer_state
 from text_encoder import T5Config, T5Encoder
 
 ROOT = Path(__file__).parent.parent
-TASKS = ("text_to_image", "edits", "edges", "depth", "pose", "personalisation", "questions")
+TASKS = ("text_to_image", "partial", "plan", "edits", "edges", "depth", "pose",
+         "personalisation", "questions")
 
 
 def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
@@ -70,6 +71,8 @@ def test_resume_is_exact(finished, tmp_path, monkeypatch, capsys, after):
     assert RunFiles(run).newest_checkpoint().name == f"checkpoint-{after:08d}"
     train.main(["--resume", "--out", str(run)])
     assert losses(run) == losses(finished) and len(losses(run)) == 6
+    drawn = [RunFiles(folder).own_sources.read_bytes() for folder in (finished, run)]
+    assert drawn[0] == drawn[1]
     for name in ("model", "ema"):
         expected, resumed = weights(finished, name), weights(run, name)
         assert expected.keys() == resumed.keys()
@@ -103,8 +106,11 @@ def test_a_moved_run_resumes_where_it_is(finished, tmp_path, monkeypatch):
 
 def test_outputs(finished):
     files, scores = RunFiles(finished), scores_of(finished)
-    assert set(scores) == {"seconds", "ceiling", *TASKS, "captions"}
+    assert set(scores) == {"seconds", "ceiling", *TASKS, "captions"} - {"plan"}
     assert scores["text_to_image"]["n"] == 6
+    assert [f.name for f in files.films()] == ["film-image.gif", "film-text.gif"]
+    films = [Image.open(f) for f in files.films()]
+    assert films[0].n_frames == 1 + 2 and films[1].n_frames > 1         # two steps
     assert all(scores[name]["n"] > 0 for name in scores if name not in ("seconds", "ceiling"))
     seconds = scores["seconds"]
     assert scores["ceiling"]["scorer"] == 1.0
@@ -140,7 +146,8 @@ def test_weights_choose_the_tasks(finished, tmp_path, capsys):
     assert tasks_of(run) == {"pose", "questions"}
     assert sum("questions.masked_token" in m for m in metrics(run)) == 4
     printed = capsys.readouterr().out
-    assert "not trained: depth, edges, edits, personalisation, text_to_image" in printed
+    assert "not trained: depth, edges, edits, partial, personalisation, plan, " \
+        "text_to_image" in printed
     assert {"pose", "questions"} <= set(scores_of(run))
     assert not {"edits", "captions"} & set(scores_of(run))
     with pytest.raises(SystemExit) as stopped:
@@ -200,6 +207,7 @@ def test_pictures_and_dialogues_of_any_shape(finished, tmp_path, monkeypatch, ca
         lines.append({"image": [f"{i}.png"], "conversations": ["a red circle", "<image>"]})
         talk = ["what color is the circle?", "red", "what shape is it?", "a circle"]
         lines.append({"image": [f"{i}.png"], "conversations": talk})
+        lines.append({"task": "plan", "conversations": ["one circle", "a red circle"]})
         lines.append({"image": [f"{i}.png", f"{3 - i}.png"], "conversations": [""],
                       "instruction": "make it red"})
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -216,6 +224,10 @@ def test_pictures_and_dialogues_of_any_shape(finished, tmp_path, monkeypatch, ca
                 "--cache_latents", "false", "--model.position_table", "16", "--batch_size", "2",
                 "--intrinsic_weight", "0", "--sampling.question_template", "say: {question}"])
     assert "shapes: 88 x 48 50%, 48 x 88 50%; 1.8% of" in capsys.readouterr().out
+    plans = [(batch, c) for batch, latents, c in seen if batch.task == "plan" and latents is None]
+    assert plans and all(c.latents is c.noise is None for _, c in plans)
+    assert all(c.masked.shape[:2] == batch.tokens.shape for batch, c in plans)
+    seen = [case for case in seen if case[0].task != "plan"]
     shapes = {(batch.task, tuple(batch.images.shape)) for batch, _, _ in seen}
     sizes = {"text_to_image": 1, "questions": 1, "image_to_image": 2}
     assert shapes == {(task, (2, count, 3, *shape)) for task, count in sizes.items()
@@ -228,7 +240,7 @@ def test_pictures_and_dialogues_of_any_shape(finished, tmp_path, monkeypatch, ca
             assert changes.tolist() == [3, 3]                   # question, answer, and both again
             assert not (c.mask & ~batch.answer).any()
     assert all(math.isfinite(value) for line in metrics(run) for value in line.values())
-    assert len(metrics(run)) == 6 and tasks_of(run) == set(sizes)
+    assert len(metrics(run)) == 6 and tasks_of(run) == {"plan", *sizes}
 
 
 def test_the_teacher_sees_the_shape_of_the_batch():
@@ -361,13 +373,15 @@ def torchrun(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
 def test_two_ranks(tmp_path):
     """Two processes and accumulation write one set of files, and a resumed run is exact."""
     arguments = [*QUICK, "--batch_size", "2", "--accumulation", "2", "--decay", "false",
-                 "--save_every", "2"]
+                 "--save_every", "2", "--own_sources_after", "0"]
     whole, half = tmp_path / "whole", tmp_path / "half"
     for run, steps in ((whole, 4), (half, 2)):
         done = torchrun(tmp_path, *arguments, "--steps", str(steps), "--out", str(run))
         assert done.returncode == 0, done.stderr[-2000:]
     assert len(losses(whole)) == 4 and (whole / "report.html").exists()
     assert losses(half) == losses(whole)[:2]
+    drawn = [RunFiles(run).own_sources.read_bytes() for run in (whole, half)]
+    assert drawn[0] == drawn[1]
     settings = json.loads((half / "run.json").read_text()) | {"steps": 4}
     (half / "run.json").write_text(json.dumps(settings))
     done = torchrun(tmp_path, "--resume", "--out", str(half))

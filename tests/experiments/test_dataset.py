@@ -67,11 +67,13 @@ def is_pair(example):
 
 
 def test_numbers_of_records(world):
-    """The shares hold: partial prompts are text to image, a training record has two questions."""
+    """The shares hold: a training record has two questions, each partial test prompt a plan."""
     expected = {
-        "train": {"text_to_image": 240 + 96, "edits": 312, "edges": 72, "depth": 36, "pose": 36,
+        "train": {"text_to_image": 240, "partial": 96, "plan": 720,
+                  "edits": 312, "edges": 72, "depth": 36, "pose": 36,
                   "personalisation": 72, "questions": 240},
-        "test": {"text_to_image": 30 + 18, "edits": 18, "edges": 18, "depth": 18, "pose": 18,
+        "test": {"text_to_image": 30, "partial": 18, "plan": 18,
+                 "edits": 18, "edges": 18, "depth": 18, "pose": 18,
                  "personalisation": 18, "questions": 30},
     }
     for split in expected:
@@ -86,13 +88,15 @@ def test_fields_of_the_records_of_a_task(examples):
         sources = collections.defaultdict(set)
         for e in split:
             sources[e.task].add(len(e.sources))
-            assert (e.prompt is None) == bool(e.question) == (e.task == "questions")
+            assert (e.prompt is None) == bool(e.question) == (e.task in ("questions", "plan"))
+            assert (e.image is None) == (e.task == "plan")
             assert (e.caption == "") == (e.task in MAPS)
         assert sources == {
-            "text_to_image": {0}, "questions": {0}, "edits": {1}, "edges": {1}, "depth": {1},
+            "text_to_image": {0}, "partial": {0}, "plan": {0}, "questions": {0},
+            "edits": {1}, "edges": {1}, "depth": {1},
             "pose": {1}, "personalisation": {1, 2, 3},
         }
-        pictures = {path for e in split for path in (e.image, *e.sources)}
+        pictures = {path for e in split for path in e.pictures}
         assert all(path.is_file() and pixels(path).shape == (64, 64, 3) for path in pictures)
         in_folder = set(next(iter(pictures)).parent.glob("*"))
         assert pictures == in_folder                                        # none is left over
@@ -111,16 +115,30 @@ def test_full_captions(examples):
 
 def test_captions_describe_their_pictures(examples):
     for e in itertools.chain(*examples.values()):
-        if e.caption and e.task != "questions":
+        if e.caption and e.task not in ("questions", "plan"):
             scene, error = read_picture(pixels(e.image))
             assert error == 0 and e.caption == caption(scene)
 
 
 def test_partial_prompts_are_true_of_their_pictures(examples):
     for split in examples.values():
-        partial = [e for e in split if e.task == "text_to_image" and not is_pair(e)]
+        partial = [e for e in split if e.task == "partial"]
         assert {prompt_category(e.prompt) for e in partial} == set(CATEGORIES)
         assert all(satisfies(read_scene(e.image), e.prompt) for e in partial)
+
+
+def test_plans(examples):
+    prompts = {}
+    for name, split in examples.items():
+        plans = [e for e in split if e.task == "plan"]
+        scenes = [parse_caption(e.caption) for e in plans]
+        assert all(satisfies(scene, e.question) for scene, e in zip(scenes, plans))
+        assert all(held_out(scene) == (name == "test") for scene in scenes)
+        prompts[name] = [e.question for e in plans]
+    assert prompts["test"] == [e.prompt for e in examples["test"] if e.task == "partial"]
+    categories = collections.Counter(map(prompt_category, prompts["train"]))
+    assert set(categories) == set(CATEGORIES)
+    assert categories["position"] > 2 * categories["counting"]
 
 
 def test_edit_records(examples):
@@ -186,19 +204,24 @@ def test_question_records(examples):
 def test_no_scene_of_the_other_split(examples):
     """Of targets and of sources, in every task; `test_map_records` looks at the pose task."""
     for split in examples:
-        shown = {e.image for e in examples[split] if e.task not in MAPS}
+        shown = {e.image for e in examples[split] if e.image and e.task not in MAPS}
         shown |= {path for e in examples[split] if e.task != "pose" for path in e.sources}
         assert len(shown) > (TRAIN if split == "train" else TEST) * 1.5
         assert all(held_out(read_scene(path)) == (split == "test") for path in shown)
         for e in examples[split]:                                           # no picture is shared
-            assert all(split in path.parts for path in (e.image, *e.sources))
+            assert all(split in path.parts for path in e.pictures)
 
 
 def test_texts_fit_the_text_length(examples):
-    """The tiny preset has 32 tokens: 31 words and the end. An answer follows its question."""
-    texts = []
+    """The tiny preset has 32 tokens: 31 words and the end. An answer follows its question.
+
+    Texts without a picture have 48.
+    """
+    texts, plans = [], []
     for e in itertools.chain(*examples.values()):
-        texts += [e.prompt or "", f"{e.question} {e.caption}"]
+        (plans if e.task == "plan" else texts).append(f"{e.question} {e.caption}")
+        texts.append(e.prompt or "")
+    assert 31 < max(len(text.split()) for text in plans) <= 47
     rng = random.Random(60)
     for i in range(500):
         instructions, _ = random_edits(rng, random_scene(rng, 1 + i % 3), 3)
@@ -232,7 +255,8 @@ def test_run_alone(tmp_path):
     folder = tmp_path / "world"
     process = run_alone(folder)
     assert process.returncode == 0, process.stderr
-    for task in ("text_to_image", "edits", *MAPS, "personalisation", "questions"):
+    for task in ("text_to_image", "partial", "plan", "edits", *MAPS, "personalisation",
+                 "questions"):
         assert f'"task": "{task}"' in process.stdout
     assert Image.open(folder / "overview.png").width == 16 * 64
     assert read_jsonl(folder / "train.jsonl") and read_jsonl(folder / "test.jsonl")

@@ -93,6 +93,11 @@ def pixels_of(path) -> bytes:
     return np.asarray(Image.open(path)).tobytes()
 
 
+def drawn_from(text: str) -> torch.Tensor:
+    """The image (3, H, W) of a full caption."""
+    return to_images([world.render(language.parse_caption(text))])[0]
+
+
 class Perfect:
     """A Pipeline that returns the target of every prompt and its sources, and the right texts."""
     settings = SimpleNamespace(image_size=64)
@@ -101,6 +106,10 @@ class Perfect:
     def __init__(self, examples, monkeypatch):
         self.targets, self.texts = {}, {}
         for e in examples:
+            if e.image is None:
+                self.targets.setdefault((e.caption,), drawn_from(e.caption))
+                self.texts[e.question] = e.caption
+                continue
             self.targets[(e.prompt, *map(pixels_of, e.sources))] = load_image(e.image, 64)
             if not e.sources:
                 self.texts[e.question, pixels_of(e.image)] = e.caption
@@ -126,6 +135,9 @@ class Perfect:
     def encode_images(self, images):
         return images
 
+    def plan(self, prompts, seed=0):
+        return [self.texts[prompt] for prompt in prompts]
+
     def caption(self, images, seed=0, questions=None):
         return [self.texts[q, p.tobytes()] for q, p in zip(questions, to_pictures(images))]
 
@@ -138,6 +150,9 @@ class Wrong(Perfect):
 
     def encode_images(self, images):
         return -images
+
+    def plan(self, prompts, seed=0):
+        return ["a circle"] * len(prompts)
 
     def caption(self, images, seed=0, questions=None):
         return [""] * len(images)
@@ -159,16 +174,20 @@ def examples(folder):
 def test_perfect_results_have_perfect_scores(examples, monkeypatch):
     pipeline = Perfect(examples, monkeypatch)
     scores, samples = evaluate.score_shapes(pipeline, examples, seed=5, chunk=4)
-    assert list(scores) == ["text_to_image", "captions", *evaluate.TASKS, "ceiling"]
+    assert list(scores) == ["text_to_image", "captions", "partial", *evaluate.TASKS, "ceiling"]
     drawings, edits, questions = scores["text_to_image"], scores["edits"], scores["questions"]
     assert scores["captions"]["exact"] == drawings["exact"] == questions["exact"] == 1
-    assert drawings["categories"] == dict.fromkeys((*language.CATEGORIES, "overall"), 1.0)
-    counts = drawings["categories_n"]
+    partial, all_right = scores["partial"], dict.fromkeys((*language.CATEGORIES, "overall"), 1.0)
+    assert partial["direct"] == {"strict": all_right, "geneval": all_right}
+    assert partial["planned"] == partial["direct"] | {"different": 1.0, "parsed": 1.0}
+    counts = partial["categories_n"]
     assert sum(n for name, n in counts.items() if name != "overall") == edits["n"]
+    assert counts["overall"] == edits["n"] - counts["negation"]
     assert set(questions["by_kind"]) == set(language.QUESTIONS)
     assert edits["exact"] == 1 and edits["untouched"] == 0 and "several" in edits["by_kind"]
-    edited = {e.sources[0] for e in examples if e.task == "edits"}
-    assert edits["multi_turn"] == {"n": len(edited), "exact": {"1": 1.0, "2": 1.0, "3": 1.0}}
+    turns = {"1": 1.0, "2": 1.0, "3": 1.0}
+    assert edits["multi_turn"] == {                             # pictures of the 14 pairs
+        "n": 14, "exact": turns, "standard_error": dict.fromkeys(turns, 0.0)}
     assert scores["edges"]["iou"] == 1
     assert scores["depth"]["error"] == scores["depth"]["error_on_objects"] == 0
     pose = scores["pose"]
@@ -178,18 +197,42 @@ def test_perfect_results_have_perfect_scores(examples, monkeypatch):
     assert scores["ceiling"] == {
         "scorer": 1.0, "vae": 1.0, "vae_outline_error": 0.0, "vae_edges_iou": 1.0,
         "vae_depth_error": 0.0, "vae_pose_exact": 1.0}
-    assert list(samples) == ["text_to_image", "edits", "multi_turn", *list(evaluate.TASKS)[1:]]
+    assert list(samples) == [
+        "text_to_image", "partial", "edits", "multi_turn", *list(evaluate.TASKS)[1:]]
     assert pipeline.batches[:2] == [(4, 0, 5), (4, 0, 9)]
     assert max(size for size, _, _ in pipeline.batches) == 4
     assert {sources for _, sources, _ in pipeline.batches} == {0, 1, 2, 3}
-    assert not any(case.wrong for _, cases in samples["questions"] for case in cases)
+    for name, sections in samples.items():
+        expected = None if name in ("edges", "depth") else False        # not judged, or right
+        assert all(case.wrong is expected for _, cases in sections for case in cases), name
+
+
+def test_pictures_to_edit_are_sources_first_and_each_once(examples, monkeypatch):
+    sources = {pixels_of(e.sources[0]) for e in examples if e.task == "edits"}
+    pictures = [p.tobytes() for p in evaluate.pictures_to_edit(examples, 64)]
+    assert len(pictures) == len(set(pictures)) == 14 > len(sources)
+    assert set(pictures[:len(sources)]) == sources
+    monkeypatch.setattr(evaluate, "CHAINS", 3)
+    assert [p.tobytes() for p in evaluate.pictures_to_edit(examples, 64)] == pictures[:3]
+
+
+def test_the_standard_error_of_turns(examples, monkeypatch):
+    """Half of the results of a turn are right: sqrt(0.5 * 0.5 / 14)."""
+    pictures = evaluate.pictures_to_edit(examples, 64)
+    monkeypatch.setattr(evaluate, "score", lambda judge, trials: {"exact": 0.5})
+    scores, _ = evaluate.score_turns(Perfect(examples, monkeypatch), pictures, 0, 5)
+    assert scores["n"] == 14 and scores["exact"] == dict.fromkeys("123", 0.5)
+    assert scores["standard_error"] == dict.fromkeys("123", pytest.approx(0.133631, abs=1e-6))
 
 
 def test_wrong_results_have_low_scores(examples, monkeypatch):
     scores, samples = evaluate.score_shapes(Wrong(examples, monkeypatch), examples)
     drawings, edits = scores["text_to_image"], scores["edits"]
     assert scores["captions"]["exact"] == drawings["exact"] == scores["questions"]["exact"] == 0
-    assert drawings["categories"] == dict.fromkeys((*language.CATEGORIES, "overall"), 0.0)
+    partial, all_wrong = scores["partial"], dict.fromkeys((*language.CATEGORIES, "overall"), 0.0)
+    assert partial["direct"] == {"strict": all_wrong, "geneval": all_wrong}
+    assert partial["planned"]["strict"] == all_wrong
+    assert partial["planned"]["parsed"] == 0 and partial["planned"]["different"] == 1 / partial["n"]
     assert edits["exact"] == edits["untouched"] == edits["multi_turn"]["exact"]["3"] == 0
     assert scores["edges"]["iou"] < 0.7
     assert scores["depth"]["error"] > 0.2 and scores["pose"]["exact"] == 0
@@ -197,18 +240,23 @@ def test_wrong_results_have_low_scores(examples, monkeypatch):
     assert ceiling["vae"] == 0
     assert ceiling["vae_edges_iou"] < 0.5 and ceiling["vae_depth_error"] > 0.5
     for _, cases in samples["questions"]:
-        assert all(case.wrong and "WRONG" in case.text for case in cases)
+        assert all(case.wrong and "expected: " in case.text for case in cases)
+    for task in ("edits", "pose", "personalisation", "questions"):      # marked as scored
+        [(_, cases)] = samples[task]
+        assert [case.wrong for case in cases].count(False) == round(
+            scores[task]["exact"] * scores[task]["n"]), task
+    for name in ("text_to_image", "multi_turn"):
+        assert all(case.wrong is True for _, cases in samples[name] for case in cases), name
     json.dumps(scores, allow_nan=False)
 
 
 def test_only_the_tasks_that_occur(examples, monkeypatch):
-    pairs = [e for e in examples if e.task == "text_to_image" and e.prompt == e.caption]
+    pairs = [e for e in examples if e.task == "text_to_image"]
     questions = [e for e in examples if e.task == "questions"]
     pipeline = Perfect(examples, monkeypatch)
     scores, samples = evaluate.score_shapes(pipeline, pairs)
     assert list(scores) == ["text_to_image", "captions", "ceiling"]
     assert list(samples) == ["text_to_image"]
-    assert "categories" not in scores["text_to_image"]
     pipeline.encode_images = None                               # the ceiling alone needs it
     alone, _ = evaluate.score_pairs(pipeline, pairs, ceiling=False)
     assert alone == {name: scores[name] for name in ("text_to_image", "captions")}
@@ -227,11 +275,13 @@ def score_one(judge, prompt: str, sources, result, target) -> dict:
 def test_partial_prompts():
     prompts = ["a red circle", "a red circle and a blue square", "a green triangle"]
     trials = [Trial(prompt, (), None, world.render(SCENE)) for prompt in prompts]
-    assert evaluate.score_prompts(trials) == {
-        "categories": {"colors": 0.0, "color_attribution": 1.0, "overall": 0.5},
-        "categories_n": {"colors": 2, "color_attribution": 1, "overall": 3}}
+    assert evaluate.score_prompts(trials) == {      # the picture shows both objects, no triangle
+        "strict": {"colors": 0.0, "color_attribution": 1.0, "overall": 0.5},
+        "geneval": {"colors": 0.5, "color_attribution": 1.0, "overall": 0.75}}
+    counts = evaluate.count_prompts([*prompts, "one object and no circle"])
+    assert counts == {"colors": 2, "color_attribution": 1, "negation": 1, "overall": 3}
     negation = Trial("one object and no circle", (), None, world.render(SCENE))
-    assert evaluate.score_prompts([negation])["categories"]["overall"] is None
+    assert evaluate.score_prompts([negation])["geneval"] == {"negation": 0.0, "overall": None}
 
 
 def test_edits_that_touch_something_else():
@@ -339,6 +389,7 @@ def write_run(run, **values) -> None:
 def use_pipeline(pipeline, monkeypatch) -> None:
     """Let every run have this pipeline."""
     monkeypatch.setattr(evaluate.Pipeline, "from_run", lambda run, device: pipeline)
+    monkeypatch.setattr(evaluate, "make_films", lambda *_: None)
 
 
 def test_a_run_with_every_task(folder, examples, tmp_path, monkeypatch, capsys):
@@ -347,10 +398,15 @@ def test_a_run_with_every_task(folder, examples, tmp_path, monkeypatch, capsys):
     write_run(run, data=str(folder), weights="*=1")
     evaluate.main(["--run", str(run), "--device", "cpu"])
     page, screen = (run / "report.html").read_text(), capsys.readouterr().out
-    assert page.count("<svg") == 4 and page.count("<img") == 8
-    for task in ("edits", "multi_turn", "edges", "depth", "pose", "personalisation", "questions"):
+    sheets = json.loads((run / "samples.json").read_text())
+    cases = [case for sections in sheets.values() for s in sections for case in s["cases"]]
+    assert page.count("<svg") == 4
+    assert page.count("<img") == sum(len(case["pictures"]) for case in cases) > 100
+    assert page.count("wrong</strong>") == sum(case["wrong"] is True for case in cases) > 50
+    for task in ("partial", "edits", "multi_turn", "edges", "depth", "pose",
+                 "personalisation", "questions"):
         assert Image.open(run / f"samples_{task}.png").width > 700
-        assert f'alt="samples_{task}"' in page
+        assert f'id="samples_{task}"' in page and sheets[task][0]["cases"]
     assert Image.open(run / "samples.png").width > 700
     for title, value in report.table_rows(json.loads((run / "scores.json").read_text())):
         assert title in screen and value in screen
@@ -359,7 +415,8 @@ def test_a_run_with_every_task(folder, examples, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("weights, tasks, sheets, timed", [
     ("text_to_image=1", {"text_to_image", "captions"}, 0, True),
     ("edges=2,depth=0", {"edges"}, 1, False),
-    ("*=1,text_to_image=0,questions=0", set(evaluate.TASKS) - {"questions"}, 6, True)])
+    ("*=1,text_to_image=0,questions=0", {"partial", *evaluate.TASKS} - {"questions"}, 7,
+     True)])
 def test_only_tasks_with_weight_are_scored(folder, examples, tmp_path, monkeypatch, weights, tasks,
                                            sheets, timed):
     """Without `timed`, no phase has ended, as in a run that still trains with parts of another."""
