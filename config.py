@@ -76,7 +76,7 @@ class SampleSettings:
     guidance_interval: tuple[float, float] = option(
         (0.0, 1.0), "lowest and highest sigma with guidance; the steps outside are half the work")
     text_only_length: int = option(
-        0, "tokens of a text without a picture, such as a plan with its prompt; 0: text_length",
+        0, "tokens of a text without a picture, its question included; 0: as text_length",
         least=0)
 
     def __post_init__(self):

@@ -392,7 +392,7 @@ def seconds_of(function: Callable, device: torch.device, rounds: int = 3) -> flo
 
 
 def with_blocks(config: TrainConfig, m: Modules, count: int) -> TrainConfig:
-    """The same training with so many blocks in the transformer and in T5."""
+    """The same training with `count` blocks in the transformer and in T5."""
     return replace(
         config, init="", t5_path="", tokenizer_path="", align_depth=1,
         model=replace(m.model.config, depth=count),

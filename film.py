@@ -174,10 +174,11 @@ def encode_gif(frames: Sequence[Image.Image], limit: int = LIMIT) -> bytes:
     return encode_gif(frames[::-2][::-1], limit)                # every other one, and the last
 
 
-def write_film(path: Path, title: str, frames: Sequence[Image.Image]) -> None:
+def write_film(path: Path, title: str, frames: Sequence[Image.Image],
+               overwrite: bool = False) -> None:
     """Write frames under a title as a GIF, and a few of them as a PNG of the same name.
 
-    Raises FileExistsError for a name that was taken since the start.
+    Without `overwrite`, raises FileExistsError for a name that was taken since the start.
     """
     def finish(rows: Sequence[Image.Image]) -> Image.Image:
         return ImageOps.expand(join([write_title(title, rows[0].width), *rows], 0), GAP, "white")
@@ -185,8 +186,8 @@ def write_film(path: Path, title: str, frames: Sequence[Image.Image]) -> None:
     few = spread(frames)
     strip = finish([join(few[i:i + 4], 1) for i in range(0, len(few), 4)])
     data = encode_gif([finish([frame]) for frame in frames])
-    for name, write in ((path, lambda file: file.write_bytes(data)),
-                        (path.with_suffix(".png"), lambda file: strip.save(file, "PNG"))):
-        if name.exists():
-            raise FileExistsError(f"{name} exists by now; nothing is overwritten")
-        write_atomically(name, write)
+    files = path, path.with_suffix(".png")
+    if taken := [file for file in files if file.exists() and not overwrite]:
+        raise FileExistsError(f"{taken[0]} exists by now; nothing is overwritten")
+    write_atomically(files[0], lambda file: file.write_bytes(data))
+    write_atomically(files[1], lambda file: strip.save(file, "PNG"))

@@ -165,7 +165,8 @@ class Stream(nn.Module):
         Trick for speed and memory: a third of all weights are here, for B rows only. Autocast would
         copy them to bfloat16, and autograd would keep the copy.
         """
-        with torch.autocast(condition.device.type, enabled=False):
+        device = "cpu" if condition.is_meta else condition.device.type      # meta: shapes alone
+        with torch.autocast(device, enabled=False):
             parts = self.modulation(condition.to(self.modulation.weight.dtype))     # (B, 6 D)
         parts = parts.to(condition.dtype)[:, None].chunk(6, dim=-1)         # 6 x (B, 1, D)
         return Modulation(*parts[:3]), Modulation(*parts[3:])

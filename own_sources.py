@@ -1,10 +1,11 @@
 """Source pictures that the model has drawn itself, so that it learns to edit its own results.
 
-Edits of true pictures never show the model the small errors of its own drawings, and an edit of an
-edit fails on them. So late in a training the averaged weights redraw a share of the source
-pictures, each by its own caption from its noisy state: what it shows stays true, the errors are the
-model's. From then on the cached latents of these pictures are replaced where they are a source,
-never where they are the target.
+A model that is trained on true pictures has not seen its own small errors, and fails on them when it
+edits an edit. So late in a training the averaged weights redraw a share of the source pictures,
+each by its own caption from its noisy state: the content stays, the errors are the model's. From
+then on their cached latents are replaced, in sources and never in targets.
+
+On the shapes world this has shown no gain yet (experiments/LOG.md), so it is off by default.
 """
 import random
 from pathlib import Path

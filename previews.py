@@ -94,7 +94,7 @@ def case_picture(case: Case) -> np.ndarray:
         tiles.append(join([framed, text_picture(label, side + 2)], 0, gap=4))
     text, color = (f"WRONG {case.text}", "crimson") if case.wrong else (case.text, "black")
     if not tiles:                                               # a text about a text
-        return text_picture(text, 2 * TILE, color=color)
+        return join([text_picture(text, 2 * TILE - 10, color=color)], 1, gap=10)
     row = join(tiles, 1, gap=10)
     return join([row, text_picture(text, row.shape[1] - 10, color=color)], 0)
 
@@ -184,11 +184,14 @@ def respond(pipeline: Pipeline, requests: Sequence[Request]) -> list[Case]:
         shown = [[(picture, "") for picture in to_pictures(images)] for images in sources]
         given = list(zip(*shown)) or [()] * len(rows)               # pictures of each request
         if requests[rows[0]].writes:
-            texts = pipeline.caption(sources[0] if sources else None, questions=prompts,
-                                     before=[requests[i].before for i in rows])
+            before = [requests[i].before for i in rows]
+            if sources:
+                texts = pipeline.caption(sources[0], questions=prompts, before=before)
+            else:                                               # a text about a text
+                texts = pipeline.plan(prompts)
             for i, question, text, pictures in zip(rows, prompts, texts, given):
-                before = question if pictures else f"{question}:"
-                cases[i] = Case(pictures, f"{before} {text}".strip() or "(no text)")
+                start = question if pictures else f"{question}:"
+                cases[i] = Case(pictures, f"{start} {text}".strip() or "(no text)")
             continue
         images = pipeline.edit(prompts, sources, rows)                          # (B, 3, H, W)
         for i, prompt, result, pictures in zip(rows, prompts, to_pictures(images), given):
@@ -207,7 +210,7 @@ def append_scores(run: Path, step: int, pipeline: Pipeline, sampling: int) -> No
         groups.setdefault(e.task, []).append(e)
     chosen = [group[(sampling * FEW + i) % len(group)]
               for group in groups.values() for i in range(min(FEW, len(group)))]
-    scores, _ = score_shapes(pipeline, chosen)
+    scores, _ = score_shapes(pipeline, chosen, ceiling=False)
     read_until(RunFiles(run).scored, step - 1, rewrite=True)    # no later ones, from before a kill
     append(RunFiles(run).scored, json.dumps({"step": step} | scores) + "\n")
 

@@ -80,17 +80,20 @@ def _files(record: dict, key: str, folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _turn_texts(turns) -> list[str]:
+def _turn_texts(turns, shows_picture: bool) -> list[str]:
     """The texts of a conversation, which the human begins and gpt ends.
 
-    A turn is a string or {"from": ..., "value": ...}.
+    A turn is a string or {"from": ..., "value": ...}. <image> stands for the record's picture.
     """
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"'conversations' is {_shown(turns)}, expected a list of turns")
     texts = []
     for number, turn in enumerate(turns, start=1):
         text = turn["value"] if isinstance(turn, dict) else turn
-        text = _text(text, f"turn {number}").replace("<image>", "").strip()
+        text = _text(text, f"turn {number}")
+        if "<image>" in text and not shows_picture:
+            raise KeyError("image")                             # perhaps under another name
+        text = text.replace("<image>", "").strip()
         speakers = ("gpt", "assistant") if len(texts) % 2 else ("human", "user")
         if isinstance(turn, dict) and "from" in turn and turn["from"] not in speakers:
             if turn["from"] == "system" and not text:
@@ -121,7 +124,7 @@ def parse_record(record: dict, folder: Path, dialogues: bool = False) -> list[Ex
         prompt = _needed(record, "edit_prompt")
         return [Example(task or kind, targets[0], sources, prompt, "", caption)]
 
-    texts = _turn_texts(record["conversations"])
+    texts = _turn_texts(record["conversations"], shows_picture="image" in record)
     is_text_only = "image" not in record and "instruction" not in record and all(texts)
     pictures = [] if is_text_only else _files(record, "image", folder)
     if "instruction" in record:

@@ -98,7 +98,7 @@ def generate(model: MMDiT, noise: Tensor, text: Tensor, empty_text: Tensor, step
     from the last two points, at no more passes. A step after guidance sets in or ends is Euler's,
     as v jumps there.
 
-    watch: is called at every sigma, from 1 to 0, with sigma, the noisy latents x and the clean
+    watch: is called at every sigma, the last one 0, with sigma, the noisy latents x and the clean
     estimate x - sigma v, (B, C, H, W) each.
 
     start: clean latents (B, C, H, W) and a sigma; begin with their noisy state at this sigma in
@@ -304,10 +304,12 @@ def describe(model: MMDiT, text_encoder: Callable[[Tensor], Tensor], latents: Te
 def least_probability(model: MMDiT, text_encoder: Callable[[Tensor], Tensor],
                       latents: Tensor | None, tokens: Tensor, answer: Tensor, mask_id: int,
                       parts: int = 8) -> Tensor:
-    """How sure the model is of its surprises: each text's least probable token, (B,) float64.
+    """The probability of each text's least probable token, given the others; (B,) float64.
 
-    tokens (B, L); answer (B, L) bool: the tokens that count, each given all others but those that
-    are masked with it: every `parts`-th one, so that `parts` passes do.
+    tokens (B, L); answer (B, L) bool: the tokens that count, padding too.
+
+    Trick for speed: every `parts`-th token is masked together, so `parts` passes do in place of one
+    for each token.
     """
     least = torch.ones(len(tokens), dtype=torch.float64, device=float64_device(tokens.device))
     place = torch.arange(tokens.shape[1], device=tokens.device)                     # (L,)
@@ -636,26 +638,25 @@ class Pipeline:
         rows = [row[mask].tolist() for row, mask in zip(ids.cpu(), answer)]
         return self.tokenizer.decode(rows)
 
-    def plan(self, prompts: Sequence[str], seed: int = 0, tries: int = PLANS,
-             progress: bool = False) -> list[str]:
+    def plan(self, prompts: Sequence[str], seed: int = 0, progress: bool = False) -> list[str]:
         """Complete prompts to full captions by the text branch, without a picture; one for each.
 
-        Trained by records without a picture, from a prompt to a caption. Tokens that are drawn in
-        one step do not see each other, so there is one in each step, at temperature 1. The model
-        checks itself: of `tries` plans it keeps the one whose least probable token is the most
-        probable.
+        The model learns it from records without a picture, from a prompt to a caption. Tokens that
+        are drawn in one step do not see each other, so there is one in each step, at temperature 1.
+        The model checks itself: of three plans it keeps the one whose least probable token is the
+        most probable. seed: of all prompts together; the plans take this one and the next two.
         """
         s = self.settings
         steps = length_for(True, s.text_length, s.text_only_length)
         questions = [asked(prompt, s.question_template) for prompt in prompts]
         best, chances = [""] * len(prompts), [-1.0] * len(prompts)
-        for i in range(tries):
-            plans = self.caption(None, seed + i * len(prompts), steps, "confidence", 1.0, progress,
+        for i in range(PLANS):
+            plans = self.caption(None, seed + i, steps, "confidence", 1.0, progress,
                                  questions=prompts)
             ids, answer = self.tokenizer.dialogue(questions, plans, steps)          # (B, L) each
             chance = least_probability(
                 self.model, self.encode_text, None, ids.to(self.device), answer.to(self.device),
-                self.tokenizer.mask_id).tolist() if tries > 1 else [0.0] * len(prompts)
+                self.tokenizer.mask_id).tolist()                                    # (B,)
             for k, plan in enumerate(plans):
                 if chance[k] > chances[k]:
                     best[k], chances[k] = plan, chance[k]
@@ -713,7 +714,7 @@ def film_frames(pipeline: Pipeline, states: Sequence[tuple],
 EXAMPLES = """examples:
   python sample.py "a small green triangle at the center on a black background" --seed 3 \\
       --out triangle.png
-  python sample.py "two circles and no square" --plan    completes the prompt first, then draws it
+  python sample.py "two objects and no square" --plan    completes the prompt first, then draws it
   python sample.py --prompts prompts.txt --out pictures/    one prompt a line
   python sample.py --edits edits.jsonl --out results/       one edit a line; again: what is missing
   python sample.py --describe a.png b.png --order ancestral --temperature 1
@@ -837,8 +838,8 @@ def _parser() -> argparse.ArgumentParser:
                    help="a .png file (several turns: x-1.png, x-2.png, ...), or a folder that gets "
                         "numbered files (default: pictures)")
     p.add_argument("--film", type=Path, metavar="GIF",
-                   help="a film of the one picture or text, a frame a step: FILM.gif, below 2 MB, "
-                        "and a strip of some frames, FILM.png")
+                   help="a film of the one picture or text, a frame a step: below 2 MB, and a "
+                        "strip of some frames as .png")
     p.add_argument("--save-embeddings", type=Path, metavar="FILE",
                    help="only encode the texts to draw or to edit with, for --embeddings on "
                         "another machine; needs T5 and its tokenizer alone (--t5, --tokenizer; "
@@ -905,8 +906,8 @@ def _check_effect(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
            "save_embeddings")),
         ((a.image or a.edits) and not writes, "where pictures are edited", ("image_guidance",)),
         (a.ask, "on --ask", ("dialogue",)),
-        (a.prompt and not (a.embeddings or a.save_embeddings), "on texts to draw, by T5",
-         ("plan",)),
+        (a.prompt and not (a.embeddings or a.save_embeddings),
+         "on texts to draw, and without embeddings in files", ("plan",)),
         (not a.edits, "on one picture or text, not on a file of edits", ("film",)),
         (a.order == "confidence", "with --order confidence", ("block", "end_last")),
         (writes, "on --describe and --ask", ("order", "temperature")))
@@ -956,9 +957,9 @@ def _check_out(p: argparse.ArgumentParser, a: argparse.Namespace, count: int) ->
 
 def _check_film(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
     """Stop where --film has no single subject, or cannot be written, or would overwrite a file."""
-    subjects, files = a.names or a.describe or a.ask, (a.film, a.film.with_suffix(".png"))
     if a.film.suffix.lower() != ".gif":
         p.error(f"--film {a.film}: films are written as .gif; name a .gif file")
+    subjects, files = a.names or a.describe or a.ask, (a.film, a.film.with_suffix(".png"))
     if len(subjects) != 1:
         p.error(f"--film shows one picture or text, found {len(subjects)}; give one of them")
     try:
@@ -1155,11 +1156,16 @@ def _save_embeddings(pipeline: Pipeline, a: argparse.Namespace,
 
 
 def _plans(pipeline: Pipeline, a: argparse.Namespace) -> list[str]:
-    """The full captions to draw in place of the prompts."""
+    """The full captions to draw in place of the prompts. Raises ValueError for an empty one."""
     pipeline.check_writes()
     plans = []
     for start in range(0, len(a.prompt), BATCH):
-        plans += pipeline.plan(a.prompt[start:start + BATCH], a.seed + start)
+        plans += pipeline.plan(a.prompt[start:start + BATCH], a.seed + PLANS * start, progress=True)
+    for prompt, plan in zip(a.prompt, plans):
+        if not plan:
+            raise ValueError(f"the plan of {prompt!r:.80} is empty; draw it without --plan, or "
+                             "with a model that is trained on plans")
+        print(f"plan of {prompt!r}: {plan}", file=sys.stderr)
     return plans
 
 
@@ -1204,14 +1210,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             pipeline.check_size(size)
         if a.kind:
             a.edit = [pipeline.settings.perception_prompt.replace("{kind}", a.kind)]
+        if a.plan:
+            a.prompt = _plans(pipeline, a)
         for text in {text: None for text in [*a.prompt, *a.edit, *a.ask,
                                           *(job.prompt for job in a.jobs)]}:
             for warning in pipeline.warnings(text):
                 print(f"warning: {text!r}: {warning}", file=sys.stderr)
         if pipeline.embeddings:
             pipeline.embeddings.check(_requests(a))
-        if a.plan:
-            a.prompt = _plans(pipeline, a)
         writes = a.describe or a.ask
         task = _write_texts if writes else _draw_pictures
         task = _save_embeddings if a.save_embeddings else task

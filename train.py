@@ -511,7 +511,7 @@ def set_up(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> Traini
             tqdm.write(f"the teacher runs in every step, for {len(dataset.aligned)} pairs")
     elif config.intrinsic_weight:
         align(dataset, config, parts, model.config.align_dims[1], ranks)
-    if config.cache_latents and progress.step < config.steps:
+    if config.cache_latents and dataset.paths and progress.step < config.steps:
         dataset.latents = encode_all(dataset, frozen.vae, device, config.autocast)
     return Training(frozen, dataset, skipped, teacher, model, average, parameters, optimizers,
                     progress, origin)
@@ -639,9 +639,10 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(argv, __doc__)
     run = Path(config.out)
     resume = f"python train.py --resume --out {run}"
-    keep_freed_memory()
     try:
         with joined_ranks() as ranks:
+            if ranks.device.type == "cpu":
+                keep_freed_memory()
             ranks.wait("arguments")                         # every rank has read run.json
             if ranks.first:
                 write_config(config, run)

@@ -171,13 +171,12 @@ def write_partial_prompts(split: Split, count: int, pairs: list[Pair]) -> None:
 
 def write_plans(split: Split, count: int, pairs: list[Pair]) -> None:
     """Write partial prompts with a full caption of a scene that satisfies them."""
-    rng = random.Random(count)              # its own, so that the other records stay as they are
-    categories = rng.choices(list(PLAN_WEIGHTS), PLAN_WEIGHTS.values(), k=count)
+    state = split.rng.getstate()
+    categories = split.rng.choices(list(PLAN_WEIGHTS), PLAN_WEIGHTS.values(), k=count)
     for category in categories:
-        prompt, scene = random_prompt(rng, category)
-        while not split.admits(scene):
-            prompt, scene = random_prompt(rng, category)
+        prompt, scene = split.draw_text(random_prompt, category)
         split.add("plan", plan_record(prompt, scene))
+    split.rng.setstate(state)               # the test records do not depend on the number of plans
 
 
 def _draw_edit(split: Split, pairs: list[Pair], kind: str) -> tuple[str, str, Scene]:

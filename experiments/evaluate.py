@@ -10,7 +10,6 @@ report.html and sheets of samples.
 import argparse
 import collections
 import json
-import math
 import random
 import sys
 import time
@@ -26,7 +25,8 @@ from checkpoint import write_atomically
 from config import RunFiles, parts_of, read_config
 from data import Example, load_image, parse_weights, read_jsonl, to_images, to_pictures
 from experiments import language, world
-from experiments.report import Case, sheet, table_rows, write_cases, write_report
+from experiments.report import (Case, sheet, standard_error, table_rows, write_cases,
+                                write_report)
 from experiments.world import Object, Scene
 from film import write_film
 from run_folder import read_seconds
@@ -285,7 +285,7 @@ def respond(pipeline: Pipeline, trials: Sequence[Trial], seed: int, chunk: int,
             label: str) -> list[Trial]:
     """Fill in the results of the model: texts about the source where the target is a text.
 
-    Without a source, they are plans of the prompts.
+    A text without a source is a plan of its prompt.
     """
     def respond_to(batch: list[Trial], start: int) -> Sequence:
         prompts = [trial.prompt for trial in batch]
@@ -367,8 +367,8 @@ def show_partial(trial: Trial, label: str) -> Case:
     return Case([(trial.result, label)], "", wrong)
 
 
-def score_partial(pipeline: Pipeline, examples: Sequence[Example], seed: int,
-                  chunk: int) -> tuple[dict, dict]:
+def score_partial(pipeline: Pipeline, examples: Sequence[Example], seed: int, chunk: int,
+                  ceiling: bool) -> tuple[dict, dict]:
     """Score partial prompts: of "partial" drawn as they are, of "plan" planned and then drawn.
 
     Returns scores and samples as `score_shapes`.
@@ -427,7 +427,7 @@ def score_turns(pipeline: Pipeline, pictures: Sequence[np.ndarray], seed: int,
         latest = [trial.result for trial in edited]
         for row, trial in zip(rows, edited):
             row.append((trial.result, trial.prompt))
-    errors = {turn: math.sqrt(share * (1 - share) / len(pictures)) for turn, share in exact.items()}
+    errors = {turn: standard_error(share, len(pictures)) for turn, share in exact.items()}
     cases = [Case(row, "", is_wrong(judge_edit, trial)) for row, trial in zip(rows, edited)]
     return {"n": len(pictures), "exact": exact, "standard_error": errors}, cases
 
@@ -443,8 +443,8 @@ def show(trial: Trial, wrong: bool | None = None) -> Case:
     return Case([*sources, (trial.result, "result"), (trial.target, "wanted")], trial.prompt, wrong)
 
 
-def score_task(pipeline: Pipeline, examples: Sequence[Example], seed: int,
-               chunk: int) -> tuple[dict, dict]:
+def score_task(pipeline: Pipeline, examples: Sequence[Example], seed: int, chunk: int,
+               ceiling: bool) -> tuple[dict, dict]:
     """Score examples of one of TASKS. Returns scores and samples as `score_shapes`."""
     task = examples[0].task
     judge = TASKS[task]
@@ -452,7 +452,7 @@ def score_task(pipeline: Pipeline, examples: Sequence[Example], seed: int,
     trials = respond(pipeline, trials, seed, chunk, task)
     scores = {task: score(judge, trials)}
     samples = {task: [(task, [show(trial, is_wrong(judge, trial)) for trial in trials])]}
-    if task in CEILINGS:
+    if ceiling and task in CEILINGS:
         figure = CEILINGS[task]
         autoencoder = score(judge, reconstruct(pipeline, trials, chunk))
         scores["ceiling"] = {f"vae_{task}_{figure}": autoencoder[figure]}
@@ -460,12 +460,13 @@ def score_task(pipeline: Pipeline, examples: Sequence[Example], seed: int,
 
 
 def score_shapes(pipeline: Pipeline, examples: Sequence[Example], seed: int = 0,
-                 chunk: int = 100) -> tuple[dict, dict]:
+                 chunk: int = 100, ceiling: bool = True) -> tuple[dict, dict]:
     """Score held-out examples of any tasks.
 
-    Returns the scores, and samples {name: [(title, cases), ...]}, one sheet for each name.
+    ceiling: also what the autoencoder alone would reach. Returns the scores, and samples
+    {name: [(title, cases), ...]}, one sheet for each name.
     """
-    scores, samples, ceiling = {}, {}, {}
+    scores, samples, ceilings = {}, {}, {}
     scorers = {"text_to_image": score_pairs, "partial": score_partial}
     for task in (*scorers, *TASKS):
         tasks = ("partial", "plan") if task == "partial" else (task,)
@@ -473,15 +474,15 @@ def score_shapes(pipeline: Pipeline, examples: Sequence[Example], seed: int = 0,
         if not chosen:
             continue
         score_examples = scorers.get(task, score_task)
-        task_scores, task_samples = score_examples(pipeline, chosen, seed, chunk)
-        ceiling |= task_scores.pop("ceiling", {})
+        task_scores, task_samples = score_examples(pipeline, chosen, seed, chunk, ceiling)
+        ceilings |= task_scores.pop("ceiling", {})
         scores |= task_scores
         samples |= task_samples
         if task == "edits":
             pictures = pictures_to_edit(examples, pipeline.settings.image_size)
             scores[task]["multi_turn"], cases = score_turns(pipeline, pictures, seed, chunk)
             samples["multi_turn"] = [("edits one after another, each of the last result", cases)]
-    return scores | {"ceiling": ceiling}, samples
+    return scores | {"ceiling": ceilings}, samples
 
 
 # ---------------------------------------------------------------- a run
@@ -512,9 +513,7 @@ def make_films(pipeline: Pipeline, run: Path, prompt: str) -> None:
     films["text"] = text, list(film_frames(pipeline, states, to_pictures(image)))
     pipeline.watch = None
     for name, (title, frames) in films.items():
-        for file in (film := RunFiles(run).film(name), film.with_suffix(".png")):
-            file.unlink(missing_ok=True)                        # of an evaluation before
-        write_film(film, title, frames)
+        write_film(RunFiles(run).film(name), title, frames, overwrite=True)
 
 
 def evaluate_run(run: Path, device: str | torch.device = "cpu") -> dict:

@@ -3,10 +3,8 @@
 The lines of source are looked up, so they are always those that run.
 """
 import ast
-import base64
 import html
 import inspect
-import io
 import re
 import textwrap
 from collections.abc import Callable, Sequence
@@ -14,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+
+from experiments.report import encode_png
 
 ROOT = Path(__file__).parent.parent
 WIDTH = 100                                         # of the screen, in letters
@@ -136,9 +135,7 @@ img { width: 100%; image-rendering: pixelated; border: 1px solid var(--line); }
 
 def figure(picture: np.ndarray, label: str, width: int) -> str:
     """A picture (h, w, 3) with its label; the file is part of the page."""
-    file, label = io.BytesIO(), html.escape(label)
-    Image.fromarray(picture).save(file, "PNG", optimize=True)
-    data = base64.b64encode(file.getvalue()).decode()
+    label, data = html.escape(label), encode_png(picture)
     return (f'<figure style="width: {width}rem"><img alt="{label}" '
             f'src="data:image/png;base64,{data}"><figcaption>{label}</figcaption></figure>')
 

@@ -387,9 +387,9 @@ def write_report(run: Path) -> None:
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}: {name}</title><style>{STYLE.read_text()}</style></head>"
+        f"<title>{title}: {name}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head>"
         f"<body><h1>{title}</h1><p>{name}{steps}</p><nav>{links}</nav>{body}</body></html>\n")
-    write_atomically(files.report, lambda file: file.write_text(page))
+    write_atomically(files.report, lambda file: file.write_text(page, encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ text appears on the screen; walkthrough.html in the run's folder has the picture
 """
 import argparse
 import contextlib
+import io
 import json
 import math
 import sys
@@ -484,6 +485,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--seed", type=int, default=12,
                    help="of noise and masks (default: %(default)s, which masks half of the text)")
     a = p.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")      # a letter that the console lacks
     title = "UniAlignment: one example from end to end"
     parts: list[Part] = [Paragraph(f"""One transformer runs two diffusions: noise on pictures, masks
         on texts. This follows pair {a.example} of the held-out world through a step of training,

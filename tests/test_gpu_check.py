@@ -50,7 +50,8 @@ def test_every_component_is_near_its_reference(result):
 def test_a_step_of_every_task(result):
     differences = figures(result, "steps")
     assert {case.split(":")[0] for case in differences} == {
-        "text_to_image", "edits", "edges", "depth", "pose", "personalisation", "questions"}
+        "text_to_image", "partial", "plan", "edits", "edges", "depth", "pose", "personalisation",
+        "questions"}
     pair = {case.split(": ")[1] for case in differences if case.startswith("text_to_image")}
     assert pair == {"flow_matching", "masked_token", "contrastive", "intrinsic", "loss",
                     "gradient norm", "loss after"}

@@ -147,6 +147,8 @@ def test_texts_without_a_picture(folder, task):
     ("[1, 2]", "formats"),
     ("3", "formats"),
     ({"conversations": ["a", "<image>"]}, "the key 'image' is missing"),
+    ({"images": [A], "conversations": ["<image>\na?", "b"]}, "the key 'image' is missing"),
+    ({"conversations": ["a?", "b"], "instruction": "x"}, "the key 'image' is missing"),
     ({"image": [A]}, "the key 'conversations' is missing"),
     ({"image": [A], "conversations": [{"from": "human"}, "<image>"]}, "the key 'value' is missing"),
     ({"original_images": [A], "edit_prompt": "x"}, "the key 'generated_images' is missing"),

@@ -14,6 +14,7 @@ from release import TRAIN_OPTIONS, write_release
 from safetensors import safe_open
 from test_train import torchrun
 
+from config import parse_arguments
 from sample import add_model_options, load_pipeline, main
 
 ROOT = Path(__file__).parent.parent
@@ -43,10 +44,18 @@ def readme_commands(start: str) -> list[list[str]]:
 
 # ---------------------------------------------------------------- training
 
+def test_the_recipe_of_the_preset_small():
+    [words] = readme_commands("torchrun --nproc_per_node 4 ")
+    config = parse_arguments(words[4:], for_run=False)
+    assert config.out == "runs/small" and config.sampling.image_size == 256
+    assert config.batch_size * config.accumulation * 4 == 256   # the global batch of the preset
+    assert not config.intrinsic_weight and config.t5_path == "t5-v1_1-base"
+
+
 @pytest.fixture(scope="module")
 def trained(release):
     """The runs of README's recipe, stage by stage."""
-    commands = readme_commands("torchrun ")
+    commands = readme_commands("torchrun --nproc_per_node 8 ")
     stages = [words[words.index("--stage") + 1] for words in commands]
     assert stages == ["1", "2", "3"]
     for words, stage in zip(commands, stages):

@@ -135,7 +135,8 @@ def test_shares_of_the_tasks(finished):
     parts = parts_of(config, finished)
     dataset = load_tasks(config, parts, T5Tokenizer(parts.tokenizer))
     line = describe_tasks(dataset)
-    assert line.startswith("tasks: ") and "questions 20%" in line and "plan 9%" in line and "not trained" not in line
+    assert line.startswith("tasks: ") and "not trained" not in line
+    assert "questions 19%" in line and "plan 9%" in line
 
 
 @pytest.fixture

@@ -222,10 +222,11 @@ def test_pictures_and_dialogues_of_any_shape(finished, tmp_path, monkeypatch, ca
     train.main([*LOOP, *part_options(finished), "--data", str(tmp_path / "data.jsonl"),
                 "--out", str(run), "--max_aspect", "2", "--dialogues", "true", "--weights", "*=1",
                 "--cache_latents", "false", "--model.position_table", "16", "--batch_size", "2",
-                "--intrinsic_weight", "0", "--sampling.question_template", "say: {question}"])
+                "--intrinsic_weight", "0", "--sampling.question_template", "say: {question}",
+                "--steps", "8"])
     assert "shapes: 88 x 48 50%, 48 x 88 50%; 1.8% of" in capsys.readouterr().out
     plans = [(batch, c) for batch, latents, c in seen if batch.task == "plan" and latents is None]
-    assert plans and all(c.latents is c.noise is None for _, c in plans)
+    assert len(plans) == 2 and all(c.latents is c.noise is None for _, c in plans)
     assert all(c.masked.shape[:2] == batch.tokens.shape for batch, c in plans)
     seen = [case for case in seen if case[0].task != "plan"]
     shapes = {(batch.task, tuple(batch.images.shape)) for batch, _, _ in seen}
@@ -240,7 +241,7 @@ def test_pictures_and_dialogues_of_any_shape(finished, tmp_path, monkeypatch, ca
             assert changes.tolist() == [3, 3]                   # question, answer, and both again
             assert not (c.mask & ~batch.answer).any()
     assert all(math.isfinite(value) for line in metrics(run) for value in line.values())
-    assert len(metrics(run)) == 6 and tasks_of(run) == {"plan", *sizes}
+    assert len(metrics(run)) == 8 and tasks_of(run) == {"plan", *sizes}
 
 
 def test_the_teacher_sees_the_shape_of_the_batch():

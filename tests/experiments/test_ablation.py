@@ -22,7 +22,7 @@ BASE = replace(
     sampling=replace(MINI.sampling, steps=2, text_steps=2),
     model=MMDiTConfig(
         width=32, depth=2, num_heads=2, text_dim=128, position_table=16, qk_norm=True,
-        text_positions=32, number_references=True, align_dims=(32, 128), align_silu=False))
+        text_positions=48, number_references=True, align_dims=(32, 128), align_silu=False))
 
 
 def run_one(arm: str, out) -> bool:
