@@ -1,7 +1,7 @@
 """Source pictures that the model has drawn itself, so that it learns to edit its own results.
 
-A model that is trained on true pictures has not seen its own small errors, and fails on them when it
-edits an edit. So late in a training the averaged weights redraw a share of the source pictures,
+A model that is trained on true pictures has not seen its own small errors, and fails on them when
+it edits an edit. So late in a training the averaged weights redraw a share of the source pictures,
 each by its own caption from its noisy state: the content stays, the errors are the model's. From
 then on their cached latents are replaced, in sources and never in targets.
 

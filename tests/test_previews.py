@@ -128,7 +128,7 @@ def test_records_of_the_samplings(sampled, monkeypatch):
     fake += [example(Path("a"), prompt="p", caption="p"), example(Path("b"), prompt="p")]
     monkeypatch.setattr(evaluate, "held_out_examples", lambda run: fake)
     monkeypatch.setattr(evaluate, "score_shapes",
-                        lambda pipeline, chosen: (taken.append(chosen) or {"x": 1}, {}))
+                        lambda pipeline, chosen, ceiling: (taken.append(chosen) or {"x": 1}, {}))
     before = RunFiles(run).scored.read_text()
     for sampling in (0, 1):
         previews.append_scores(run, 4, None, sampling)
