@@ -120,9 +120,9 @@ def _line_aspect(line: Line, path: Path) -> float:
         examples = parse_line(line.content, path, line.number)
     except Unusable:
         return 0.0
-    aspect = recorded_aspect(json.loads(line.content.decode("utf-8-sig")))
     if examples[0].image is None:
         return 0.0
+    aspect = recorded_aspect(json.loads(line.content.decode("utf-8-sig")))
     return picture_aspect(examples[0].image) if aspect is None else aspect
 
 

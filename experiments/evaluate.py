@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from checkpoint import write_atomically
 from config import RunFiles, parts_of, read_config
-from data import Example, load_image, parse_weights, read_jsonl, to_images, to_pictures
+from data import (Example, load_image, parse_weights, read_jsonl, to_images, to_pictures,
+                  weight_of)
 from experiments import language, world
-from experiments.report import (Case, sheet, standard_error, table_rows, write_cases,
+from experiments.report import (SHOWN, Case, sheet, standard_error, table_rows, write_cases,
                                 write_report)
 from experiments.world import Object, Scene
 from film import write_film
@@ -291,11 +292,11 @@ def respond(pipeline: Pipeline, trials: Sequence[Trial], seed: int, chunk: int,
         prompts = [trial.prompt for trial in batch]
         sources = zip(*(trial.sources for trial in batch))      # all first sources, all second, ...
         images = [to_images(pictures) for pictures in sources]                  # (b, 3, H, W) each
-        if isinstance(batch[0].target, str) and not images:
+        if not isinstance(batch[0].target, str):
+            return to_pictures(pipeline.edit(prompts, images, seed + start))
+        if not images:
             return pipeline.plan(prompts, seed + start)
-        if isinstance(batch[0].target, str):
-            return pipeline.caption(images[0], seed, questions=prompts)
-        return to_pictures(pipeline.edit(prompts, images, seed + start))
+        return pipeline.caption(images[0], seed, questions=prompts)
     return fill(trials, respond_to, chunk, label)
 
 
@@ -354,9 +355,10 @@ def score_pairs(pipeline: Pipeline, examples: Sequence[Example], seed: int = 0, 
 
     samples = [
         ("prompt, and the picture drawn",
-         [Case([(t.result, t.prompt)], "", is_wrong(judge_drawing, t)) for t in drawn]),
+         [Case([(t.result, t.prompt)], "", is_wrong(judge_drawing, t)) for t in drawn[:SHOWN]]),
         ("picture, and the caption written",
-         [Case([(t.sources[0], t.result)], "", is_wrong(judge_caption, t)) for t in described]),
+         [Case([(t.sources[0], t.result)], "", is_wrong(judge_caption, t))
+          for t in described[:SHOWN]]),
     ]
     return scores, {"text_to_image": samples}
 
@@ -382,7 +384,7 @@ def score_partial(pipeline: Pipeline, examples: Sequence[Example], seed: int, ch
         direct = respond(pipeline, to_draw, seed, chunk, "partial")
         scores["direct"] = score_prompts(direct)
         sections.append(("prompt that leaves most open, drawn as it is",
-                         [show_partial(trial, trial.prompt) for trial in direct]))
+                         [show_partial(trial, trial.prompt) for trial in direct[:SHOWN]]))
     if to_plan:
         plans = [trial.result for trial in respond(pipeline, to_plan, seed, chunk, "plans")]
         empty = np.zeros((size, size, 3), np.uint8)             # no picture is wanted, but any
@@ -394,7 +396,7 @@ def score_partial(pipeline: Pipeline, examples: Sequence[Example], seed: int, ch
             "different": len(set(plans)) / len(plans), "parsed": mean(parsed)}
         sections.append(("the same after a plan, the model's own caption of it",
                          [show_partial(trial, f"{trial.prompt}: {text}")
-                          for trial, text in zip(planned, plans)]))
+                          for trial, text in zip(planned[:SHOWN], plans)]))
     return {"partial": scores}, {"partial": sections}
 
 
@@ -428,7 +430,8 @@ def score_turns(pipeline: Pipeline, pictures: Sequence[np.ndarray], seed: int,
         for row, trial in zip(rows, edited):
             row.append((trial.result, trial.prompt))
     errors = {turn: standard_error(share, len(pictures)) for turn, share in exact.items()}
-    cases = [Case(row, "", is_wrong(judge_edit, trial)) for row, trial in zip(rows, edited)]
+    cases = [Case(row, "", is_wrong(judge_edit, trial))
+             for row, trial in zip(rows[:SHOWN], edited)]
     return {"n": len(pictures), "exact": exact, "standard_error": errors}, cases
 
 
@@ -451,7 +454,8 @@ def score_task(pipeline: Pipeline, examples: Sequence[Example], seed: int, chunk
     trials = [load(example, pipeline.settings.image_size) for example in examples]
     trials = respond(pipeline, trials, seed, chunk, task)
     scores = {task: score(judge, trials)}
-    samples = {task: [(task, [show(trial, is_wrong(judge, trial)) for trial in trials])]}
+    cases = [show(trial, is_wrong(judge, trial)) for trial in trials[:SHOWN]]
+    samples = {task: [(task, cases)]}
     if ceiling and task in CEILINGS:
         figure = CEILINGS[task]
         autoencoder = score(judge, reconstruct(pipeline, trials, chunk))
@@ -464,7 +468,7 @@ def score_shapes(pipeline: Pipeline, examples: Sequence[Example], seed: int = 0,
     """Score held-out examples of any tasks.
 
     ceiling: also what the autoencoder alone would reach. Returns the scores, and samples
-    {name: [(title, cases), ...]}, one sheet for each name.
+    {name: [(title, first cases), ...]}, one sheet for each name.
     """
     scores, samples, ceilings = {}, {}, {}
     scorers = {"text_to_image": score_pairs, "partial": score_partial}
@@ -499,8 +503,7 @@ def held_out_examples(run: Path) -> list[Example]:
         raise ValueError(f"{config.data or files.world}: not a folder with test.jsonl; only runs "
                          "on a shapes world (python -m experiments.dataset) are scored")
     weights = parse_weights(config.weights)
-    other = weights.get("*", 0.0)
-    return [example for example in read_jsonl(test) if weights.get(example.task, other)]
+    return [example for example in read_jsonl(test) if weight_of(weights, example.task)]
 
 
 def make_films(pipeline: Pipeline, run: Path, prompt: str) -> None:

@@ -65,8 +65,8 @@ class Walk:
 
     def pieces(self, ids: Tensor) -> list[str]:
         """The text of each token of ids (n,)."""
-        size = self.tokenizer.pieces.get_piece_size()
-        return [self.tokenizer.pieces.id_to_piece(i) if i < size else MASK for i in ids.tolist()]
+        mask_id = self.tokenizer.mask_id
+        return [MASK if i == mask_id else self.tokenizer.piece(i) for i in ids.tolist()]
 
     def decode(self, *latents: Tensor) -> list[np.ndarray]:
         """Latents (n, C, h, w) each -> pictures (H, W, 3) uint8."""
