@@ -19,7 +19,7 @@ from pathlib import Path
 
 from checkpoint import (Checkpoint, check_ranges, make_config, note, option, read_json,
                         write_atomically)
-from data import parse_weights
+from data import parse_numbers, parse_weights
 from model import MMDiTConfig, kind_of_checkpoint
 from text_encoder import T5Config, spiece_in
 from vae import VAEConfig
@@ -28,7 +28,7 @@ from vae import VAEConfig
 # ---------------------------------------------------------------- options
 
 ORDERS = ("confidence", "left", "ancestral")                    # of revealing the tokens of a text
-SOLVERS = ("euler", "ab2")                                      # of the flow that draws an image
+SOLVERS = ("euler", "ab2", "sde")                               # of the flow that draws an image
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,9 @@ class SampleSettings:
     end_last: bool = option(
         False, "by confidence, reveal the end of a text after all its words")
     solver: str = option(
-        "euler", "of the flow: euler, as released, or ab2, of second order at no more passes, so "
-        "that fewer steps do")
+        "euler", "of the flow: euler, as released; ab2, of second order at no more passes, so that "
+        "fewer steps do; or sde, which draws half of the noise anew in every step, for prompts that "
+        "leave much open, with five times the steps")
     guidance_interval: tuple[float, float] = option(
         (0.0, 1.0), "lowest and highest sigma with guidance; the steps outside are half the work")
     text_only_length: int = option(
@@ -84,7 +85,7 @@ class SampleSettings:
             raise ValueError(f"sampling.order {self.order}: expected {', '.join(ORDERS)} or "
                              "nothing")
         if self.solver not in SOLVERS:
-            raise ValueError(f"sampling.solver {self.solver}: expected {' or '.join(SOLVERS)}")
+            raise ValueError(f"sampling.solver {self.solver}: expected {', '.join(SOLVERS)}")
         interval = self.guidance_interval
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(f"sampling.guidance_interval {interval}: expected two numbers from 0 "
@@ -165,6 +166,9 @@ class TrainConfig:
     sigma_mean: float = option(
         0.0, "mean of logit(sigma), whose deviation is 1; above 0: noisier images",
         above=-math.inf, below=math.inf)
+    sigma_means: str = option(
+        "", "other means of single tasks, as TASK=NUMBER,...; a prompt that leaves much open "
+        "decides less of a noisy image, so lower means suit it")
     prompt_dropout: float = option(
         0.1, "share of empty prompts in the image branch, for guidance", least=0, most=1)
     text_weight: float = option(
@@ -189,12 +193,6 @@ class TrainConfig:
         False, "recompute blocks in the backward pass: less memory, a quarter slower")
     cache_latents: bool = option(
         False, "encode every picture once at the start and keep the mean latents in memory")
-    own_sources: float = option(
-        0.0, "share of the captioned source pictures that the averaged weights redraw late in the "
-        "training, so that the model learns to edit its own results; needs --cache_latents; 0: "
-        "none", least=0, most=1)
-    own_sources_after: float = option(
-        0.7, "share of the steps after which they are drawn and used", least=0, below=1)
     workers: int = option(4, "processes that load pictures", least=0)
     max_skipped: float = option(
         0.01, "end the run when more than this share of the records could not be used (one always "
@@ -220,8 +218,8 @@ class TrainConfig:
 
 TINY = TrainConfig(
     out="runs/tiny",
-    weights="text_to_image=4,partial=3,plan=3,edits=12.6,edges=1.8,depth=0.3,pose=1.5,"
-            "personalisation=2,questions=6.5",
+    weights="text_to_image=4,partial=7,plan=2,edits=14,edges=2,depth=0.3,pose=3,"
+            "personalisation=2.2,questions=7",
     captioned="text_to_image",
     model=MMDiTConfig(                      # vocab_size becomes that of the tokenizer trained here
         width=128, depth=4, num_heads=4, text_dim=128, position_table=8, text_positions=48,
@@ -235,17 +233,17 @@ TINY = TrainConfig(
         steps=10, guidance=2.0, image_guidance=1.5, guidance_interval=(0.2, 1.0), shift=1.0,
         text_steps=16),
     train_scenes=30_000, test_scenes=510, vae_steps=5000, teacher_steps=400,
-    steps=40_000, batch_size=16, accumulation=1,
+    steps=45_000, batch_size=16, accumulation=1,
     lr=5e-3, muon_lr=0.025, muon_every=4, weight_decay=0.0, beta2=0.95,
     warmup=100, decay=True, clip=1.0, ema=0.998, ema_every=4,
-    sigma_mean=1.4, text_weight=0.5, answer_weight=1.0, align_depth=2,
+    sigma_mean=1.4, sigma_means="partial=0.2", text_weight=0.5, answer_weight=1.0, align_depth=2,
     cache_latents=True, workers=0, log_every=50, sample_every=2000)
 
 PRESETS = {
     "tiny": TINY,
     "mini": replace(
         TINY, out="runs/mini", train_scenes=1200, test_scenes=12, vae_steps=300, teacher_steps=30,
-        steps=300, save_every=100, sample_every=100, own_sources=0.5),
+        steps=300, save_every=100, sample_every=100),
     "sd3": TrainConfig(
         gradient_checkpointing=True, sampling=DUAL,
         model=MMDiTConfig(align_dims=(2048, 3584), align_silu=False)),
@@ -295,7 +293,6 @@ class RunFiles:
         self.cases = run / "samples.json"                       # of the sheets, for the report
         self.report = run / "report.html"
         self.progress = run / "progress.png"                    # all samplings of the training
-        self.own_sources = run / "own_sources.safetensors"      # latents that the model has drawn
 
     def checkpoint(self, step: int) -> Path:
         """The folder of a checkpoint: model, ema and optimizer as safetensors."""
@@ -601,7 +598,6 @@ def _check_effect(config: TrainConfig, given: typing.Collection[str]) -> None:
         "init_blocks": (config.init, "random weights; --init is missing"),
         "cross_temperature": (config.cross_weight, "--cross_weight 0"),
         "cross_unseen": (config.cross_weight, "--cross_weight 0"),
-        "own_sources_after": (config.own_sources, "--own_sources 0"),
         "align_depth": (config.intrinsic_weight, "--intrinsic_weight 0"),
         "teacher_online": (config.intrinsic_weight, "--intrinsic_weight 0"),
         "mask_token": (config.t5_path or config.init, "a random T5; name one with --t5_path"),
@@ -619,15 +615,13 @@ def _check_values(config: TrainConfig) -> None:
     """Raise ValueError for a value outside of its range."""
     check_ranges(config)
     parse_weights(config.weights)
+    if config.sigma_means:
+        parse_numbers(config.sigma_means, "sigma_means")
     if config.teacher_online not in ("auto", "true", "false"):
         raise ValueError(f"--teacher_online {config.teacher_online}: expected auto, true or false")
     if config.max_aspect > 1 and config.cache_latents:
         raise ValueError(f"--max_aspect {config.max_aspect}: latents are cached of squares alone; "
                          "add --cache_latents false")
-    if config.own_sources and not config.cache_latents:
-        raise ValueError(f"--own_sources {config.own_sources}: the model's own versions take the "
-                         "place of cached latents, and none are cached; add --cache_latents true, "
-                         "or --own_sources 0")
     if wrong := [step for step in config.keep if step < 1]:
         raise ValueError(f"--keep {wrong[0]}: expected steps from 1")
 
@@ -703,8 +697,6 @@ def parse_arguments(argv: list[str] | None = None, description: str = "",
     try:
         config = _override(preset, given)
         config = replace(config, seed=config.seed % 2 ** 63)   # any integer is a seed
-        if not config.cache_latents and "own_sources" not in given:
-            config = replace(config, own_sources=0.0)           # a preset's has no effect
         if resume:
             config = _resume(config, given)
             _check_values(config)

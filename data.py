@@ -196,19 +196,26 @@ def prompt_length(tokens: int, sources: int, longest: int, multiple: int) -> int
     return min(longest, math.ceil(tokens / multiple) * multiple)
 
 
-def parse_weights(text: str) -> dict[str, float]:
-    """"edits=2,pose=0.5,*=1" -> weight by task; `*` is every other task. Raises ValueError."""
-    weights = {}
+def parse_numbers(text: str, name: str) -> dict[str, float]:
+    """"edits=2,pose=-0.5,*=1" -> number by task; `*` is every other task. Raises ValueError."""
+    numbers = {}
     try:
         for part in text.split(","):
-            name, _, value = part.partition("=")
-            weights[name.strip()] = float(value)
+            task, _, value = part.partition("=")
+            numbers[task.strip()] = float(value)
     except ValueError:
-        weights = {}
-    in_range = all(0 <= weight < math.inf for weight in weights.values())
-    if "" in weights or not any(weights.values()) or not in_range:
-        raise ValueError(f"weights {text!r}, expected TASK=NUMBER,... with * for every other task, "
+        numbers = {}
+    if not numbers or "" in numbers or not all(map(math.isfinite, numbers.values())):
+        raise ValueError(f"{name} {text!r}, expected TASK=NUMBER,... with * for every other task, "
                          "for instance questions=2,*=1")
+    return numbers
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """The weight of each task, `parse_numbers` of at least 0. Raises ValueError."""
+    weights = parse_numbers(text, "weights")
+    if min(weights.values()) < 0 or not any(weights.values()):
+        raise ValueError(f"weights {text!r}, expected TASK=NUMBER,... of at least 0, and not all 0")
     return weights
 
 
@@ -234,7 +241,6 @@ class Batch(NamedTuple):
     captions: tuple[str, ...] = ()  # (B) targets of the text branch; (): no text branch
     records: tuple[str, ...] = ()   # (B) where each example is from: file and line
     skipped: tuple[tuple[str, str], ...] = ()   # (file and line, reason) of replaced examples
-    sources: Tensor | None = None   # (B, R) rows of the cached latents of the source pictures
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         def apply(x):
@@ -456,11 +462,9 @@ class Tasks(Dataset):
         pictures = [picture for _, _, pictures in loaded for picture in pictures]
         key = self.keys[self.group_of[indices[0]]]
         shape = len(indices), 1 + key.sources
-        images = latents = sources = prompts = tokens = answer = features = None
+        images = latents = prompts = tokens = answer = features = None
         if pictures and self.latents is not None:
             latents = torch.stack(pictures).unflatten(0, shape)             # (B, 1 + R, C, h, w)
-            rows = [[self._row_of[path] for path in e.sources] for e in examples]
-            sources = torch.tensor(rows, dtype=torch.long)                          # (B, R)
         elif pictures:
             images = _contiguous_images(pictures).unflatten(0, shape)       # (B, 1 + R, 3, H, W)
         captions: tuple[str, ...] = ()
@@ -478,7 +482,7 @@ class Tasks(Dataset):
             features = self.features(indices)                                       # (B, d) each
         origins = tuple(self.origin(i) for i in indices)
         return Batch(key.task, images, latents, prompts, tokens, answer, features, captions,
-                     origins, tuple(skipped), sources)
+                     origins, tuple(skipped))
 
 
 class BatchOrder(Sampler[list[int]]):

@@ -82,7 +82,7 @@ def generate(model: MMDiT, noise: Tensor, text: Tensor, empty_text: Tensor, step
              image_guidance: float = 1.0, progress: bool = False, solver: str = "euler",
              guidance_interval: tuple[float, float] = (0.0, 1.0),
              watch: Callable[[float, Tensor, Tensor], None] | None = None,
-             start: tuple[Tensor, float] | None = None) -> Tensor:
+             new_noise: Callable[[], Tensor] | None = None) -> Tensor:
     """Integrate dx = v dsigma from noise to latents; (B, C, H, W) float32.
 
     noise (B, C, H, W); text (B, L, D) of the prompts and empty_text (B or 1, L, D) of the empty
@@ -96,16 +96,18 @@ def generate(model: MMDiT, noise: Tensor, text: Tensor, empty_text: Tensor, step
 
     solver: "euler", or "ab2", two-step Adams-Bashforth: v is extrapolated to the middle of the step
     from the last two points, at no more passes. A step after guidance sets in or ends is Euler's,
-    as v jumps there.
+    as v jumps there. "sde": Euler's step, but half of the noise's power is drawn anew by new_noise()
+    (B, C, H, W), which must be given. So what one step decides can still be undone in the next,
+    which helps where a prompt leaves much open; it needs five times the steps.
 
     watch: is called at every sigma, the last one 0, with sigma, the noisy latents x and the clean
     estimate x - sigma v, (B, C, H, W) each.
 
-    start: clean latents (B, C, H, W) and a sigma; begin with their noisy state at this sigma in
-    place of pure noise, so that they are redrawn (SDEdit, arXiv 2108.01073).
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver = {solver!r}; expected one of {SOLVERS}")
+    if solver == "sde" and new_noise is None:
+        raise ValueError("solver = 'sde' draws noise in every step: new_noise is missing")
     x = noise.float()
     image_guided = bool(references) and image_guidance != 1     # h = 1 needs no v_alone
     is_guided = guidance != 1 or image_guided                   # g = h = 1 leaves v_text alone
@@ -123,10 +125,6 @@ def generate(model: MMDiT, noise: Tensor, text: Tensor, empty_text: Tensor, step
 
     last = None                                                 # sigma, v and guided of last step
     sigmas = flow_sigmas(steps, shift)                          # on the CPU: no step waits for them
-    if start:
-        latents, first = start
-        x = (1 - first) * latents.float() + first * x           # z = (1 - sigma) x + sigma e
-        sigmas = torch.cat([torch.tensor([first]), sigmas[sigmas < first]])
     intervals = list(zip(sigmas[:-1], sigmas[1:]))
     for sigma, next_sigma in tqdm(intervals, desc="drawing", unit="step", disable=not progress):
         guided = is_guided and low <= sigma <= high
@@ -141,6 +139,11 @@ def generate(model: MMDiT, noise: Tensor, text: Tensor, empty_text: Tensor, step
             v = v + (image_guidance - 1) * (v_empty - v_alone)                      # (B, C, H, W)
         if watch:
             watch(sigma.item(), x, x - sigma * v)
+        if solver == "sde":
+            clean, e = x - sigma * v, x + (1 - sigma) * v                           # (B, C, H, W)
+            e = (e + new_noise()) * 0.5 ** 0.5                  # of variance 1, as before
+            x = (1 - next_sigma) * clean + next_sigma * e       # z = (1 - sigma) x + sigma e
+            continue
         step, slope = next_sigma - sigma, 0.0
         if solver == "ab2" and last and last[2] == guided:
             slope = (v - last[1]) / (sigma - last[0])                               # (B, C, H, W)
@@ -548,13 +551,12 @@ class Pipeline:
     def draw(self, prompts: Sequence[str], seed: int | Sequence[int] = 0, steps: int | None = None,
              guidance: float | None = None, references: Sequence[Tensor] = (),
              progress: bool = False, size: tuple[int, int] | None = None,
-             negative: str | None = None, texts: Texts | None = None,
-             start: tuple[Tensor, float] | None = None) -> Tensor:
+             negative: str | None = None, texts: Texts | None = None) -> Tensor:
         """Draw images (B, 3, H, W) in [-1, 1]. Image i depends on its prompt and seed alone.
 
         seed: one for each image, or a number n: image i has the seed n + i. size: (H, W) in pixels.
         negative: the prompt that guidance leads away from. None is the setting of the model.
-        texts: what `encode_prompts` has made of the prompts before. start: as in `generate`.
+        texts: what `encode_prompts` has made of the prompts before.
         """
         s = self.settings
         steps = s.steps if steps is None else steps
@@ -566,8 +568,13 @@ class Pipeline:
         seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
         channels, unit = self.outline("model").config.latent_channels, self.outline("vae").downscale
         shape = channels, *(side // unit for side in size)
-        noise = torch.stack([torch.randn(shape, generator=seeded(n)) for n in seeds])
-        # noise is (B, C, h, w)
+        generators = [seeded(n) for n in seeds]
+
+        def new_noise(rows: Sequence[int]) -> Tensor:
+            parts = [torch.randn(shape, generator=generators[i]) for i in rows]
+            return torch.stack(parts).to(self.device)                               # (b, C, h, w)
+
+        noise = new_noise(range(len(seeds)))                                        # (B, C, h, w)
 
         lengths = [len(text) for text in texts.prompts]
         latents = torch.empty_like(noise, device=self.device)                       # (B, C, h, w)
@@ -576,10 +583,9 @@ class Pipeline:
             text = torch.stack([texts.prompts[i] for i in rows]).to(self.device)    # (b, l, D)
             empty = texts.negative[length][None].to(self.device)                    # (1, l, D)
             latents[rows] = generate(
-                self.model, noise[rows].to(self.device), text, empty, steps, guidance,
+                self.model, noise[rows], text, empty, steps, guidance,
                 s.shift, [r[rows] for r in references], s.image_guidance, progress, s.solver,
-                s.guidance_interval, self.watch,
-                start and (start[0][rows].to(self.device), start[1]))
+                s.guidance_interval, self.watch, partial(new_noise, rows))
         return self.decode_latents(latents)
 
     def edit(self, prompts: Sequence[str], sources: Sequence[Tensor],

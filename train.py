@@ -34,12 +34,11 @@ from tqdm import tqdm
 
 from checkpoint import save
 from config import Parts, RunFiles, TrainConfig, parse_arguments, parts_of, write_config
-from data import Batch, BatchOrder, Tasks, to_pictures
+from data import Batch, BatchOrder, Tasks, parse_numbers, to_pictures
 from losses import (contrastive_loss, flow_matching_loss, intrinsic_loss, masked_token_loss,
                     total_loss)
 from model import MMDiT, Output
 from muon import Muon
-from own_sources import first_own_step, make_own_sources
 from previews import read_requests, write_samples
 from ranks import Ranks, explain, joined_ranks
 from run_folder import (Features, Frozen, Metrics, Progress, Skipped, allowed_skips, check_parts,
@@ -164,6 +163,12 @@ def logit_normal_sigmas(n: int, mean: float, generator: torch.Generator) -> Tens
     return (mean + torch.special.ndtri(uniform)).sigmoid()      # ndtri: inverse of the normal CDF
 
 
+def sigma_mean_of(task: str, config: TrainConfig) -> float:
+    """The mean of logit(sigma) of a task."""
+    means = parse_numbers(config.sigma_means, "sigma_means") if config.sigma_means else {}
+    return means.get(task, means.get("*", config.sigma_mean))
+
+
 def noise_seed(config: TrainConfig, step: int, micro: int, rank: int) -> int:
     """The seed of a micro batch's noise: its place alone, so a resumed run needs no saved state."""
     return (((config.seed * 1_000_003 + step) * 1009 + micro) * 4099 + rank) % 2 ** 63
@@ -217,7 +222,7 @@ def corrupt(batch: Batch, latents: Tensor | None, text_encoder: T5Encoder, mask_
     noise = sigma = noisy = mask = t = None
     texts: dict[str, Tensor] = {}
     if batch.prompts is not None:
-        sigma = logit_normal_sigmas(b, config.sigma_mean, generator)                # (B,)
+        sigma = logit_normal_sigmas(b, sigma_mean_of(batch.task, config), generator)    # (B,)
         noise = torch.randn(x.shape, generator=generator, device=device)            # (B, C, H, W)
         s = sigma.view(-1, 1, 1, 1)                                                 # (B, 1, 1, 1)
         noisy = (1 - s) * x + s * noise                         # z = (1 - sigma) x + sigma e
@@ -542,14 +547,12 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
     metrics = Metrics(files.metrics if ranks.first else None, step, ranks.mean)
     metrics.load_state(progress.metrics, device)
 
-    first_step, steps, own_sources = step, [], None
+    first_step, steps = step, []
     start = time.time() - progress.seconds
     bar = tqdm(total=config.steps, initial=step, desc="training", unit="step",
                disable=not ranks.first)
     with caught_signals() as signals, contextlib.closing(batches), contextlib.closing(bar):
         while step < config.steps:
-            if config.own_sources and own_sources is None and step >= first_own_step(config):
-                own_sources = make_own_sources(dataset, frozen, average, config, run, ranks)
             records: list[str] = []
             for micro in range(config.accumulation):
                 batch = next(batches)
@@ -557,8 +560,6 @@ def train(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> bool:
                 records += batch.records
                 if teacher is not None and batch.captions and batch.prompts is not None:
                     batch = batch._replace(features=online_features(batch, teacher))
-                if own_sources is not None:
-                    batch = own_sources.put_into(batch)
                 batch = batch.to(device)
                 generator = torch.Generator(device)
                 generator.manual_seed(noise_seed(config, step, micro, ranks.rank))

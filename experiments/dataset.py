@@ -202,18 +202,27 @@ def _draw_edits(split: Split, pairs: list[Pair], number: int) -> tuple[str, str,
 
 
 def write_edits(split: Split, count: int, pairs: list[Pair]) -> None:
-    """Write edits of the pairs' pictures: half of them one edit, the others two or three."""
+    """Write edits of pictures: half of them one edit, the others two or three.
+
+    The sources are the pairs' pictures. In training half of them are results of earlier edits, as
+    when pictures are edited in turns.
+    """
+    results: list[Pair] = []
     for i in range(count):
+        sources = pairs
+        if results and not split.is_test:
+            sources = split.rng.choice((pairs, results))
         number = (1, 2, 1, 3)[i % 4]
         if split.is_test:
             kind = EDITS[i // 2 % len(EDITS)]
         else:
             kind = split.rng.choices(list(EDIT_WEIGHTS), EDIT_WEIGHTS.values())[0]
         if number == 1:
-            source, instruction, scene = _draw_edit(split, pairs, kind)
+            source, instruction, scene = _draw_edit(split, sources, kind)
         else:
-            source, instruction, scene = _draw_edits(split, pairs, number)
+            source, instruction, scene = _draw_edits(split, sources, number)
         target = split.save_picture(render(scene))
+        results.append((target, scene))
         split.add("edits", _edit_record(source, target, instruction, caption(scene)))
 
 
@@ -289,7 +298,7 @@ def write_questions(split: Split, count: int, pairs: list[Pair]) -> None:
 
 # Records of each kind per full caption. Each function takes (split, number of records, pairs).
 SHARES = {
-    write_partial_prompts: {"train": 0.4, "test": 0.6},
+    write_partial_prompts: {"train": 0.8, "test": 0.6},
     write_edits: {"train": 1.3, "test": 0.6},
     write_edges: {"train": 0.3, "test": 0.6},
     write_depth: {"train": 0.15, "test": 0.6},

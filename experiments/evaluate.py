@@ -14,6 +14,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -322,6 +323,7 @@ TASKS = {
 CEILINGS = {"edges": "iou", "depth": "error", "pose": "exact"}  # figure given for the autoencoder
 TURNS = 3                                                       # edits one after another
 CHAINS = 306                                                    # most pictures edited in turns
+SDE_STEPS = 50                                                  # of partial prompts, see LOG.md
 
 
 def score_ceiling(pipeline: Pipeline, trials: Sequence[Trial], chunk: int) -> dict:
@@ -373,6 +375,7 @@ def score_partial(pipeline: Pipeline, examples: Sequence[Example], seed: int, ch
                   ceiling: bool) -> tuple[dict, dict]:
     """Score partial prompts: of "partial" drawn as they are, of "plan" planned and then drawn.
 
+    Those drawn as they are come twice: with the run's sampling, and with new noise in every step.
     Returns scores and samples as `score_shapes`.
     """
     size = pipeline.settings.image_size
@@ -383,6 +386,10 @@ def score_partial(pipeline: Pipeline, examples: Sequence[Example], seed: int, ch
     if to_draw:
         direct = respond(pipeline, to_draw, seed, chunk, "partial")
         scores["direct"] = score_prompts(direct)
+        settings = pipeline.settings
+        pipeline.settings = replace(settings, solver="sde", steps=SDE_STEPS)
+        scores["stochastic"] = score_prompts(respond(pipeline, to_draw, seed, chunk, "sde"))
+        pipeline.settings = settings
         sections.append(("prompt that leaves most open, drawn as it is",
                          [show_partial(trial, trial.prompt) for trial in direct[:SHOWN]]))
     if to_plan:

@@ -47,7 +47,6 @@ def test_names_of_the_files_of_a_run(tmp_path):
              "seconds": "seconds.json", "scores": "scores.json", "report": "report.html",
              "scored": "scores.jsonl", "cases": "samples.json",
              "world": "data", "tokenizer": "tokenizer.model", "progress": "progress.png",
-             "own_sources": "own_sources.safetensors",
              "text_encoder": "text_encoder.safetensors", "vae": "vae.safetensors",
              "teacher": "teacher"}
     assert vars(files) == {"folder": tmp_path} | {key: tmp_path / n for key, n in names.items()}

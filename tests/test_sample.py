@@ -252,15 +252,31 @@ def test_every_sigma_can_be_watched(solver):
     assert torch.equal(seen[-1][2], latents)
 
 
-def test_a_start_from_noisy_latents():
-    """Half of the way from the state at sigma 0.5; the first pass is at this sigma."""
-    model, clean = Recorder(), torch.randn(2, 16, 4, 4)
-    latents = generate(model, NOISE, TEXT, EMPTY, 4, 1.0, shift=1.0, start=(clean, 0.5))
-    torch.testing.assert_close(latents, (clean + NOISE) / 2 - 0.5 * 3)
-    times = [timestep[0].item() for _, _, timestep, *_ in model.calls]
-    even = flow_sigmas(4, 1.0)
-    assert times == pytest.approx([500, *(1000 * even[even < 0.5])[:-1].tolist()])
-    assert torch.equal(model.calls[0][0], (clean + NOISE) / 2)
+def test_sde_draws_half_of_the_noise_anew():
+    """With the true velocity of one picture, each step has its clean estimate and mixed noise."""
+    clean, new = torch.randn(2, 16, 4, 4), [torch.randn(2, 16, 4, 4) for _ in range(4)]
+
+    def known(x, text, timestep, references, want):
+        return Output((x - clean) * 1000 / timestep.view(-1, 1, 1, 1), *[None] * 5)
+
+    seen, unused = [], iter(new)
+    latents = generate(known, NOISE, TEXT, EMPTY, 4, 1.0, solver="sde",
+                       watch=lambda *state: seen.append(state), new_noise=lambda: next(unused))
+    close(latents, clean)
+    noise = NOISE
+    for (sigma, x, _), fresh in zip(seen[:4], new):
+        close(x, (1 - sigma) * clean + sigma * noise, atol=1e-4)
+        noise = (noise + fresh) / 2 ** 0.5
+    with pytest.raises(ValueError, match="new_noise is missing"):
+        generate(Recorder(), NOISE, TEXT, EMPTY, 4, 1.0, solver="sde")
+
+
+def test_sde_depends_on_the_seed_of_a_picture_alone(run):
+    pipeline = Pipeline.from_run(run)
+    sde = with_settings(pipeline, solver="sde")
+    two = sde.draw(["a", "b"], [1, 2])[1]
+    close(sde.draw(["b"], [2])[0], two)
+    assert not torch.allclose(pipeline.draw(["b"], [2])[0], two)
 
 
 def test_unknown_solver():

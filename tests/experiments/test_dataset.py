@@ -69,7 +69,7 @@ def is_pair(example):
 def test_numbers_of_records(world):
     """The shares hold: a training record has two questions, each partial test prompt a plan."""
     expected = {
-        "train": {"text_to_image": 240, "partial": 96, "plan": 720,
+        "train": {"text_to_image": 240, "partial": 192, "plan": 720,
                   "edits": 312, "edges": 72, "depth": 36, "pose": 36,
                   "personalisation": 72, "questions": 240},
         "test": {"text_to_image": 30, "partial": 18, "plan": 18,
