@@ -417,17 +417,17 @@ def this_machine(config: TrainConfig) -> Machine:
     for name, cost in costs_of(config, modules_of(config)).items():
         if name not in STEPS:
             continue
-        seconds = []
-        for count in (1, 3):
+        seconds, counts = [], (1, 3) if depths[name] > 1 else (1,)
+        for count in counts:
             fewer = with_blocks(config, m, count)
             step = STEPS[name](fewer, modules_of(fewer), device)
             product = seconds_of(lambda: a @ b, device)
             seconds.append(seconds_of(step, device))
             product = (product + seconds_of(lambda: a @ b, device)) / 2
             peaks.append(2 * n ** 3 / product)
-        block = max(0.0, (seconds[1] - seconds[0]) / 2)
+        block = max(0.0, (seconds[-1] - seconds[0]) / 2)
         whole = seconds[0] + (depths[name] - 1) * block
-        shares[name] = cost.flops / whole / statistics.mean(peaks[-2:])
+        shares[name] = cost.flops / whole / statistics.mean(peaks[-len(counts):])
     peak = statistics.median(peaks) / 1e12
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

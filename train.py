@@ -44,7 +44,8 @@ from ranks import Ranks, explain, joined_ranks
 from run_folder import (Features, Frozen, Metrics, Progress, Skipped, allowed_skips, check_parts,
                         check_resume, describe_shapes, describe_tasks, encode_all, encode_in_chunks,
                         features_folder, load_frozen, load_models, load_optimizers, load_tasks,
-                        missing_parts, optimizer_state, save_checkpoint, teacher_features, timed)
+                        missing_parts, optimizer_state, save_checkpoint, teacher_features, timed,
+                        unused_means)
 from teacher import load_teacher
 from text_encoder import T5Encoder
 from vae import VAE
@@ -490,7 +491,8 @@ def set_up(config: TrainConfig, ranks: Ranks, parts: Parts, run: Path) -> Traini
     if ranks.first:
         ranks.wait("index")
         shapes = [describe_shapes(dataset)] if dataset.cropped else []
-        for line in [describe_tasks(dataset), *shapes, *dataset.records.notes()]:
+        for line in [describe_tasks(dataset), *unused_means(dataset, config), *shapes,
+                     *dataset.records.notes()]:
             tqdm.write(line)
     parameters, optimizers = Parameters(model, ranks), make_optimizers(model, config)
     origin = {"world": ranks.world, "data": dataset.records.digest,

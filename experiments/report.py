@@ -136,7 +136,6 @@ TITLES = {
     "planned": "planned in words first",
     "strict": "and nothing else",
     "geneval": "others allowed, as GenEval",
-    "categories": "of partial prompts, satisfied",
     "categories_n": "of partial prompts, held out",
     "color": "colour",
     "outline_error": "outline error (0 to 255)",
@@ -209,8 +208,6 @@ LINES = (
                  "planned.strict"),
     partial_line("plans and draws, other objects allowed as in GenEval", "planned.geneval"),
     partial_line("plans and draws a prompt with a negation", "planned.strict", "negation"),
-    Line("text_to_image", "draws an open prompt, and nothing else",         # of an older run
-         "text_to_image.categories.overall", "text_to_image.categories_n.overall"),
     Line("captions", "describes a picture: every word right", "captions.exact", "captions.n"),
     Line("questions", "answers a question about a picture", "questions.exact", "questions.n"),
     Line("edits", "edits a picture as told and leaves the rest", "edits.exact", "edits.n"),

@@ -348,7 +348,7 @@ def test_solver_and_guidance_interval_survive_run_json(tmp_path, capsys):
     assert (sampling.solver, sampling.guidance_interval) == ("ab2", (0.2, 0.9))
     with pytest.raises(SystemExit):
         parse_arguments(["--sampling.solver", "heun", "--out", str(tmp_path / "other")])
-    assert "sampling.solver heun: expected euler or ab2" in capsys.readouterr().err
+    assert "sampling.solver heun: expected euler, ab2, sde" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, named", [

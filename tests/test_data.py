@@ -21,7 +21,8 @@ import data
 from buckets import Buckets, aspects_of, bucket_shapes
 from conftest import TESTS
 from data import (Batch, BatchOrder, Example, Group, Tasks, load_cropped, load_image, load_picture,
-                  open_records, parse_weights, prompt_length, read_jsonl, to_pictures)
+                  open_records, parse_numbers, parse_weights, prompt_length, read_jsonl,
+                  to_pictures)
 from text_encoder import T5Tokenizer
 
 
@@ -618,6 +619,12 @@ def test_weights(text, weights):
 def test_texts_that_are_no_weights(text):
     with pytest.raises(ValueError, match=re.escape(f"weights {text!r}, expected TASK=NUMBER")):
         parse_weights(text)
+
+
+def test_numbers_of_tasks_may_be_negative():
+    assert parse_numbers("a=-1,*=0", "means") == {"a": -1, "*": 0}
+    with pytest.raises(ValueError, match="means 'a', expected TASK=NUMBER"):
+        parse_numbers("a", "means")
 
 
 # ---------------------------------------------------------------- tasks

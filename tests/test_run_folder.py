@@ -18,7 +18,7 @@ from model import MMDiT
 from run_folder import (Features, Metrics, Skipped, allowed_skips, check_resume, describe_shapes,
                         describe_tasks, encode_in_chunks, every_nth_block, features_folder,
                         load_models, load_optimizers, load_tasks, missing_parts, read_seconds,
-                        save_checkpoint, t5_dtype, teacher_features, timed)
+                        save_checkpoint, t5_dtype, teacher_features, timed, unused_means)
 from teacher import load_teacher
 from text_encoder import T5Config, T5Encoder, T5Tokenizer
 from vae import VAE, VAEConfig
@@ -136,7 +136,11 @@ def test_shares_of_the_tasks(finished):
     dataset = load_tasks(config, parts, T5Tokenizer(parts.tokenizer))
     line = describe_tasks(dataset)
     assert line.startswith("tasks: ") and "not trained" not in line
-    assert "questions 19%" in line and "plan 9%" in line
+    assert "questions 17%" in line and "plan 5%" in line
+    assert not unused_means(dataset, config)
+    dataset.left_out.append("rest")
+    other = replace(config, sigma_means="rest=0,*=1,poses=0,partials=-1")
+    assert unused_means(dataset, other) == ["sigma_means: no records of partials, poses"]
 
 
 @pytest.fixture

@@ -159,6 +159,17 @@ def test_edit_records(examples):
             assert scene.content() == target.content(), e.prompt
 
 
+def test_half_of_the_training_edits_edit_results_of_edits(examples):
+    """And none of the test."""
+    for split, share in (("train", 0.5), ("test", 0.0)):
+        edits = [e for e in examples[split] if e.task == "edits"]
+        results, edited = set(), 0
+        for e in edits:
+            edited += e.sources[0] in results
+            results.add(e.image)
+        assert edited / len(edits) == pytest.approx(share, abs=0.12 if share else 0)
+
+
 def name_of(color, colors):
     return next(name for name, value in colors.items() if tuple(color) == value)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from config import PRESETS, write_config
+from config import PRESETS, SampleSettings, write_config
 from data import load_image, read_jsonl, to_images, to_pictures
 from experiments import dataset, evaluate, language, report, world
 from experiments.evaluate import Trial
@@ -100,7 +100,7 @@ def drawn_from(text: str) -> torch.Tensor:
 
 class Perfect:
     """A Pipeline that returns the target of every prompt and its sources, and the right texts."""
-    settings = SimpleNamespace(image_size=64)
+    settings = SampleSettings(image_size=64)
     vae = SimpleNamespace(decode=lambda latents: latents)
 
     def __init__(self, examples, monkeypatch):
@@ -179,6 +179,7 @@ def test_perfect_results_have_perfect_scores(examples, monkeypatch):
     assert scores["captions"]["exact"] == drawings["exact"] == questions["exact"] == 1
     partial, all_right = scores["partial"], dict.fromkeys((*language.CATEGORIES, "overall"), 1.0)
     assert partial["direct"] == {"strict": all_right, "geneval": all_right}
+    assert partial["stochastic"] == partial["direct"]
     assert partial["planned"] == partial["direct"] | {"different": 1.0, "parsed": 1.0}
     counts = partial["categories_n"]
     assert sum(n for name, n in counts.items() if name != "overall") == edits["n"]

@@ -118,6 +118,7 @@ PARTIAL = {
     "n": 357, "categories_n": {"colors": 306, "negation": 51, "overall": 306},
     "direct": {"strict": {"colors": 0.25, "negation": 0.5, "overall": 0.25},
                "geneval": {"overall": 0.5}},
+    "stochastic": {"strict": {"colors": 0.4, "overall": 0.4}},
     "planned": {"strict": {"overall": 0.9}, "geneval": {"overall": 0.95}, "different": 0.98}}
 
 
@@ -142,20 +143,18 @@ def test_a_line_for_each_task():
     assert list(rows.values()) == [
         (90, 100, "0.900", "± 0.030", "100", "1.000"),
         (25, "0.250", "± 0.025", "306", "–"), (50, "0.500", "± 0.029", "306", "–"),
-        (50, "0.500", "± 0.070", "51", "–"),
+        (50, "0.500", "± 0.070", "51", "–"), (40, "0.400", "± 0.028", "306", "–"),
         (90, "0.900", "± 0.017", "306", "–"), (95, "0.950", "± 0.012", "306", "–"),
         (50, "0.500", "± 0.100", "25", "–"), (75, "0.750", "± 0.025", "300", "–"),
         (2, 0.5, "0.020", "–", "4", "0.005"), (50, "0.500", "± 0.125", "16", "–")]
     words = list(rows)
     assert words[0].startswith("draws a full caption") and "negation" in words[3]
-    assert words[4].startswith("plans") and "third" in words[7] and "less is better" in words[8]
+    assert words[4].startswith("draws an open prompt with new noise") and "third" in words[8]
+    assert words[5].startswith("plans") and "less is better" in words[9]
     assert words[-1] == "new task"
 
 
-def test_lines_of_an_older_run():
-    older = {"n": 9, "exact": 1.0, "categories": {"overall": 0.1}, "categories_n": {"overall": 90}}
-    assert [row[1:] for row in rows_of({"text_to_image": older}).values()] == [
-        ("1.000", "± 0.000", "9", "–"), ("0.100", "± 0.032", "90", "–")]
+def test_a_task_without_cases_has_no_line():
     assert rows_of({"seconds": {"total": 1.0}, "captions": {"n": 0, "exact": None}}) == {}
 
 
@@ -166,7 +165,7 @@ def test_standard_error():
 
 def test_titles_name_nothing_twice():
     titles = [title for title, _ in report.table_rows({"partial": PARTIAL})]
-    assert len(set(titles)) == len(titles) == 7
+    assert len(set(titles)) == len(titles) == 8
     assert "open prompts planned in words first and nothing else" in titles
 
 
