@@ -72,8 +72,8 @@ class SampleSettings:
         False, "by confidence, reveal the end of a text after all its words")
     solver: str = option(
         "euler", "of the flow: euler, as released; ab2, of second order at no more passes, so that "
-        "fewer steps do; or sde, which draws half of the noise anew in every step, for prompts that "
-        "leave much open, with five times the steps")
+        "fewer steps do; or sde, which draws half of the noise anew in every step, for prompts "
+        "that leave much open, with five times the steps")
     guidance_interval: tuple[float, float] = option(
         (0.0, 1.0), "lowest and highest sigma with guidance; the steps outside are half the work")
     text_only_length: int = option(

@@ -96,9 +96,9 @@ def generate(model: MMDiT, noise: Tensor, text: Tensor, empty_text: Tensor, step
 
     solver: "euler", or "ab2", two-step Adams-Bashforth: v is extrapolated to the middle of the step
     from the last two points, at no more passes. A step after guidance sets in or ends is Euler's,
-    as v jumps there. "sde": Euler's step, but half of the noise's power is drawn anew by new_noise()
-    (B, C, H, W), which must be given. So what one step decides can still be undone in the next,
-    which helps where a prompt leaves much open; it needs five times the steps.
+    as v jumps there. "sde": Euler's step, but half of the noise's power is drawn anew, by
+    new_noise() (B, C, H, W), which must be given. So the next step can undo what one step has
+    decided, which helps where a prompt leaves much open; it needs five times the steps.
 
     watch: is called at every sigma, the last one 0, with sigma, the noisy latents x and the clean
     estimate x - sigma v, (B, C, H, W) each.

@@ -5,8 +5,8 @@
 One line for each solver, interval of guidance and number of steps: passes of the model for a
 picture, the distance to the solution of 500 Euler steps from the same noise and with the same
 interval (mean absolute difference of latents), the share of exact pictures, and the error of pixels
-that the evaluation reports. The cases are held-out prompts and edits. The solver sde draws new noise
-and so stays away from that solution in any number of steps.
+that the evaluation reports. The cases are held-out prompts and edits. The solver sde draws
+new noise and so stays away from that solution in any number of steps.
 """
 import argparse
 import sys

@@ -524,7 +524,8 @@ def corrupted(config: TrainConfig, references: int = 0, writes: bool = True,
 def test_noise_levels_of_single_tasks():
     """sigma_means names a task, `*` or neither; a mean far off gives sigmas at an end."""
     config = replace(CONFIG, sigma_mean=1.4)
-    for means, expected in (("", 1.4), ("any=-0.5,*=2", -0.5), ("other=0,*=2", 2), ("other=0", 1.4)):
+    for means, expected in (
+            ("", 1.4), ("any=-0.5,*=2", -0.5), ("other=0,*=2", 2), ("other=0", 1.4)):
         assert train.sigma_mean_of("any", replace(config, sigma_means=means)) == expected
     low, high = (corrupted(replace(config, sigma_means=f"any={mean}"))[0].sigma for mean in (-9, 9))
     assert low.max() < 0.05 and high.min() > 0.95

@@ -48,7 +48,7 @@ def test_table(monkeypatch, capsys, tmp_path):
     head, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert head == ["task", "interval", "solver", "steps", "passes", "distance", "exact", "pixels",
                     "seconds"]
-    assert len(rows) == 2 * len(solvers.INTERVALS) * (1 + 2 * 2)
+    assert len(rows) == 2 * len(solvers.INTERVALS) * (1 + len(solvers.SOLVERS) * 2)
     for task, low, high, solver, steps, passes, distance, exact, *_ in rows:
         assert float(distance) == pytest.approx(1 / int(steps) - 1 / 500, abs=1e-4)
         assert float(exact) == (solver == "ab2" or steps == "500")
