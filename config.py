@@ -213,6 +213,11 @@ class TrainConfig:
     keep: tuple[int, ...] = option(
         (), "steps whose averaged weights are kept for good, as kept-*.safetensors")
 
+    @property
+    def mean_by_task(self) -> dict[str, float]:
+        """The means that sigma_means names. Raises ValueError."""
+        return parse_numbers(self.sigma_means, "sigma_means") if self.sigma_means else {}
+
 
 # ---------------------------------------------------------------- presets
 
@@ -615,8 +620,7 @@ def _check_values(config: TrainConfig) -> None:
     """Raise ValueError for a value outside of its range."""
     check_ranges(config)
     parse_weights(config.weights)
-    if config.sigma_means:
-        parse_numbers(config.sigma_means, "sigma_means")
+    config.mean_by_task                                         # parses sigma_means
     if config.teacher_online not in ("auto", "true", "false"):
         raise ValueError(f"--teacher_online {config.teacher_online}: expected auto, true or false")
     if config.max_aspect > 1 and config.cache_latents:

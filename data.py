@@ -211,6 +211,11 @@ def parse_numbers(text: str, name: str) -> dict[str, float]:
     return numbers
 
 
+def number_of(numbers: dict[str, float], task: str, default: float) -> float:
+    """The number of a task in what `parse_numbers` returns."""
+    return numbers.get(task, numbers.get("*", default))
+
+
 def parse_weights(text: str) -> dict[str, float]:
     """The weight of each task, `parse_numbers` of at least 0. Raises ValueError."""
     weights = parse_numbers(text, "weights")
@@ -221,7 +226,7 @@ def parse_weights(text: str) -> dict[str, float]:
 
 def weight_of(weights: dict[str, float], task: str) -> float:
     """The weight of a task in what `parse_weights` returns; 0: not trained."""
-    return weights.get(task, weights.get("*", 0.0))
+    return number_of(weights, task, 0.0)
 
 
 # ---------------------------------------------------------------- batches

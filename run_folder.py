@@ -24,7 +24,7 @@ from tqdm import tqdm
 from buckets import Buckets, Shape, bucket_shapes, read_aspects
 from checkpoint import Checkpoint, save, write_atomically
 from config import Parts, RunFiles, TrainConfig, parts_of
-from data import Tasks, load_image, parse_numbers, to_pictures
+from data import Tasks, load_image, to_pictures
 from model import MMDiT
 from records import Example, open_records
 from teacher import load_teacher
@@ -329,8 +329,8 @@ def describe_tasks(dataset: Tasks) -> str:
 
 def unused_means(dataset: Tasks, config: TrainConfig) -> list[str]:
     """A line on tasks that sigma_means names and the data lacks, if there are any."""
-    names = set(parse_numbers(config.sigma_means, "sigma_means")) if config.sigma_means else set()
-    missing = names - {"*", *dataset.left_out, *(group.task for group in dataset.groups)}
+    known = {"*", *dataset.left_out, *(group.task for group in dataset.groups)}
+    missing = set(config.mean_by_task) - known
     return [f"sigma_means: no records of {', '.join(sorted(missing))}"] if missing else []
 
 

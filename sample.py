@@ -102,7 +102,6 @@ def generate(model: MMDiT, noise: Tensor, text: Tensor, empty_text: Tensor, step
 
     watch: is called at every sigma, the last one 0, with sigma, the noisy latents x and the clean
     estimate x - sigma v, (B, C, H, W) each.
-
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver = {solver!r}; expected one of {SOLVERS}")

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from checkpoint import save
 from config import Parts, RunFiles, TrainConfig, parse_arguments, parts_of, write_config
-from data import Batch, BatchOrder, Tasks, parse_numbers, to_pictures
+from data import Batch, BatchOrder, Tasks, number_of, to_pictures
 from losses import (contrastive_loss, flow_matching_loss, intrinsic_loss, masked_token_loss,
                     total_loss)
 from model import MMDiT, Output
@@ -166,8 +166,7 @@ def logit_normal_sigmas(n: int, mean: float, generator: torch.Generator) -> Tens
 
 def sigma_mean_of(task: str, config: TrainConfig) -> float:
     """The mean of logit(sigma) of a task."""
-    means = parse_numbers(config.sigma_means, "sigma_means") if config.sigma_means else {}
-    return means.get(task, means.get("*", config.sigma_mean))
+    return number_of(config.mean_by_task, task, config.sigma_mean)
 
 
 def noise_seed(config: TrainConfig, step: int, micro: int, rank: int) -> int:
