@@ -223,8 +223,8 @@ class TrainConfig:
 
 TINY = TrainConfig(
     out="runs/tiny",
-    weights="text_to_image=4,partial=7,plan=2,edits=14,edges=2,depth=0.3,pose=3,"
-            "personalisation=2.2,questions=7",
+    weights="text_to_image=4.5,partial=3,plan=2.3,edits=14,edges=2.2,depth=0.3,pose=2.3,"
+            "personalisation=2.4,questions=7",
     captioned="text_to_image",
     model=MMDiTConfig(                      # vocab_size becomes that of the tokenizer trained here
         width=128, depth=4, num_heads=4, text_dim=128, position_table=8, text_positions=48,
