@@ -31,8 +31,9 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum made orthogonal, for 2-D parameters.
+    """Nesterov momentum made orthogonal, for matrices and for the weights of convolutions.
 
+    A convolution's weight (out, in, k, k) counts as a matrix of `out` rows and in k k columns.
     lr:    step size of a wide or square matrix; a tall one takes sqrt(rows / columns) times it
     every: N. Update every N steps, with N times the step size. A matrix counts only the steps in
            which it has a gradient. Momentum changes little between two steps, and making it
@@ -47,9 +48,10 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "every": every})
         for group in self.param_groups:
             for p in group["params"]:
-                if p.ndim != 2:
+                if p.ndim < 2:
                     raise ValueError(
-                        f"Muon is for matrices, got a parameter of shape {tuple(p.shape)}")
+                        f"Muon is for matrices and convolutions, got a parameter of shape "
+                        f"{tuple(p.shape)}")
 
     @torch.no_grad()
     def step(self) -> None:
@@ -78,12 +80,14 @@ class Muon(torch.optim.Optimizer):
         """Move matrices of one shape along their Nesterov momentum, made orthogonal."""
         buffers = [self.state[p]["momentum_buffer"] for p in matrices]
         nesterov = torch._foreach_lerp([p.grad for p in matrices], buffers, group["momentum"])
-        updates = orthogonalise(torch.stack(nesterov)).float()   # (n, rows, columns)
-        rows, columns = matrices[0].shape
+        stacked = torch.stack(nesterov).flatten(2)               # (n, rows, columns)
+        updates = orthogonalise(stacked).float()                 # (n, rows, columns)
+        rows, columns = stacked.shape[1:]
         if self.found_inf is not None:
             updates = updates.nan_to_num(nan=0.0) * (1 - self.found_inf)
         scale = group["every"] * group["lr"] * max(1.0, rows / columns) ** 0.5
-        torch._foreach_add_(matrices, list(updates.unbind()), alpha=-scale)
+        moves = updates.view(-1, *matrices[0].shape).unbind()
+        torch._foreach_add_(matrices, list(moves), alpha=-scale)
 
 
 if __name__ == "__main__":

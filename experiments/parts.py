@@ -32,6 +32,7 @@ from experiments.dataset import make_world
 from experiments.language import caption
 from experiments.small_teacher import ContrastiveTeacher, ContrastiveTeacherConfig
 from losses import contrastive_loss
+from muon import Muon
 from run_folder import missing_parts, timed
 from text_encoder import T5Config, T5Encoder, T5Tokenizer
 from vae import VAE, VAEConfig
@@ -68,22 +69,33 @@ def train_tokenizer(texts: list[str], path: Path) -> None:
 # ---------------------------------------------------------------- training loop
 
 def fit(model: nn.Module, loss: Callable[[], Tensor], steps: int, lr: float, warmup: int,
-        label: str) -> None:
-    """Minimise loss() by `steps` steps of AdamW, with linear warm-up and linear decay."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+        label: str, muon_lr: float = 0.0) -> None:
+    """Minimise loss() by `steps` steps of AdamW, with linear warm-up and linear decay.
+
+    muon_lr: the rate of Muon for all weights but vectors; 0: AdamW for all.
+    """
+    parameters = list(model.parameters())
+    matrices = [p for p in parameters if muon_lr and p.ndim > 1]
+    others = [p for p in parameters if not muon_lr or p.ndim == 1]
+    rates: dict[torch.optim.Optimizer, float] = {
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0): lr}
+    if matrices:
+        rates[Muon(matrices, muon_lr)] = muon_lr
     for step in tqdm(range(steps), desc=label, unit="step"):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / warmup) * (1 - step / steps)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer, rate in rates.items():
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1, (step + 1) / warmup) * (1 - step / steps)
+            optimizer.step()
 
 
 # ---------------------------------------------------------------- autoencoder
 
 SHARPENING = 0.6                # of the autoencoder's steps once more, for the decoder alone
-LATENT_NOISE = 0.45             # the largest standard deviation of the noise, that of latents is 1
+LATENT_NOISE = 0.3              # the largest standard deviation of the noise, that of latents is 1
+RETURN = 0.3                    # weight of the way back: decoded pictures keep their latents
 
 
 def random_training_picture(rng: random.Random) -> np.ndarray:
@@ -109,18 +121,21 @@ def sharpen(vae: VAE, pictures: list[np.ndarray], latents: Tensor, steps: int,
     """Train the decoder alone on the absolute error, from noisy latents; latents (n, C, h, w).
 
     Squared error blurs an outline whose place is uncertain, absolute error chooses one. The noise
-    stands for the errors of the latents that the transformer draws.
+    stands for the errors of the latents that the transformer draws. The encoder must read the
+    decoded picture as the clean latents, so that edits in turns do not wear a picture out.
     """
     def loss() -> Tensor:
         batch = torch.randint(len(pictures), (16,), generator=generator)
-        images = to_images([pictures[i] for i in batch])                      # (16, 3, H, W)
+        images, clean = to_images([pictures[i] for i in batch]), latents[batch]
         level = LATENT_NOISE * torch.rand(16, 1, 1, 1, generator=generator)
-        noise = torch.randn(16, *latents.shape[1:], generator=generator)      # (16, C, h, w)
+        noise = torch.randn(clean.shape, generator=generator)                 # (16, C, h, w)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            decoded = vae.decode(latents[batch] + level * noise).float()      # (16, 3, H, W)
-        return F.l1_loss(decoded, images)
+            decoded = vae.decode(clean + level * noise).float()               # (16, 3, H, W)
+            back = vae.encode(decoded).float()                                # (16, C, h, w)
+        return F.l1_loss(decoded, images) + RETURN * F.mse_loss(back, clean)
 
-    fit(vae.decoder, loss, steps, lr=4e-3, warmup=50, label="decoder")
+    vae.encoder.requires_grad_(False)
+    fit(vae.decoder, loss, steps, lr=2e-3, warmup=50, label="decoder", muon_lr=0.02)
 
 
 def train_vae(config: VAEConfig, steps: int, seed: int, autocast: bool, path: Path) -> None:
@@ -132,6 +147,7 @@ def train_vae(config: VAEConfig, steps: int, seed: int, autocast: bool, path: Pa
     torch.manual_seed(seed)
     pictures = [random_training_picture(rng) for _ in range(6000)]
     vae = VAE(replace(config, scale=1.0, shift=0.0))
+    vae.to(memory_format=torch.channels_last)       # trick for speed: a fifth less time on a CPU
 
     def loss() -> Tensor:
         batch = torch.randint(len(pictures), (16,), generator=generator)
@@ -144,7 +160,7 @@ def train_vae(config: VAEConfig, steps: int, seed: int, autocast: bool, path: Pa
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return F.mse_loss(decoded, images) + 1e-4 * kl
 
-    fit(vae, loss, steps, lr=6e-3, warmup=50, label="autoencoder")
+    fit(vae, loss, steps, lr=3e-3, warmup=50, label="autoencoder", muon_lr=0.02)
     with torch.no_grad():
         chunks = [to_images(pictures[i:i + 64]) for i in range(0, len(pictures), 64)]
         means = torch.cat([vae.moments(images)[0] for images in chunks])      # (6000, C, h, w)

@@ -64,6 +64,17 @@ def test_every_third_step_is_three_times_as_long():
         torch.testing.assert_close(p, start[i] - distance * update, rtol=0, atol=5e-3)
 
 
+def test_a_convolution_moves_as_the_matrix_of_its_rows():
+    generator = torch.Generator().manual_seed(0)
+    convolution = torch.nn.Parameter(torch.randn(8, 6, 3, 3, generator=generator))
+    matrix = torch.nn.Parameter(convolution.detach().flatten(1).clone())
+    for p in (convolution, matrix):
+        p.grad = p.detach().sin()
+        Muon([p], lr=0.1).step()
+    assert convolution.shape == (8, 6, 3, 3)
+    assert torch.equal(convolution.flatten(1), matrix)
+
+
 def test_parameters_without_a_gradient_stay():
     a, b = parameters(0)[:2]
     a.grad, before = torch.ones_like(a), b.detach().clone()

@@ -11,6 +11,7 @@ from data import read_jsonl, to_images
 from experiments import parts, world
 from experiments.dataset import make_world
 from experiments.language import caption
+from muon import Muon
 from teacher import load_teacher
 from text_encoder import T5Tokenizer
 from vae import VAE, VAEConfig
@@ -33,9 +34,10 @@ def test_the_tokenizer_knows_every_word_of_every_task(tmp_path):
     assert tokenizer.encode("is there a circle?")[3] == tokenizer.encode("a circle")[1]
 
 
-def test_fit_warms_up_and_decays(monkeypatch):
+@pytest.mark.parametrize("optimizer, rate", [(torch.optim.AdamW, 0.1), (Muon, 0.05)])
+def test_fit_warms_up_and_decays(monkeypatch, optimizer, rate):
     rates, layer = [], nn.Linear(1, 1)
-    real = torch.optim.AdamW.step
+    real = optimizer.step
 
     def step(self, *arguments):
         rates.append(self.param_groups[0]["lr"])
@@ -44,10 +46,12 @@ def test_fit_warms_up_and_decays(monkeypatch):
     def loss():
         return (layer(torch.ones(1, 1)) - 3).square().mean()
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    parts.fit(layer, loss, steps=200, lr=0.1, warmup=10, label="")
-    assert rates[0] == pytest.approx(0.01) and max(rates) < 0.1
-    assert rates[-1] == pytest.approx(0.1 / 200)
+    monkeypatch.setattr(optimizer, "step", step)
+    parts.fit(layer, loss, steps=200, lr=0.1, warmup=10, label="",
+              muon_lr=rate if optimizer is Muon else 0.0)
+    assert len(rates) == 200
+    assert rates[0] == pytest.approx(rate / 10) and max(rates) < rate
+    assert rates[-1] == pytest.approx(rate / 200)
     assert (layer(torch.ones(1, 1)) - 3).abs() < 0.05
 
 
@@ -92,6 +96,23 @@ def test_the_autoencoder_learns_and_has_unit_scale(tmp_path):
             errors.append((vae.decode(latents) - images).square().mean().item())
     assert latents.std() == pytest.approx(1, abs=0.2) and abs(latents.mean()) < 0.2
     assert errors[1] < 0.5 * errors[0]
+
+
+def test_sharpening_keeps_the_encoder_and_leads_back_to_the_latents(tmp_path, monkeypatch):
+    config = VAEConfig(
+        block_channels=(16,), layers_per_block=1, norm_groups=1, mid_attention=False, stem=4)
+    images = to_images([parts.random_training_picture(random.Random(i)) for i in range(64)])
+    weights, ways = [], []
+    for share in (0, 1):
+        monkeypatch.setattr(parts, "SHARPENING", share)
+        parts.train_vae(config, 60, 0, True, tmp_path / f"{share}.safetensors")
+        vae = VAE.from_pretrained(tmp_path / f"{share}.safetensors")
+        with torch.no_grad():
+            latents = vae.encode(images)
+            ways.append((vae.encode(vae.decode(latents)) - latents).square().mean().item())
+        weights.append(vae.encoder.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert ways[1] < 0.8 * ways[0]
 
 
 def test_variants_differ_in_one_thing_or_in_an_exchange():
