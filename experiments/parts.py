@@ -1,7 +1,7 @@
 """The parts that a run without released weights makes for itself: tokenizer, autoencoder, teacher.
 
 They stand in for T5's sentencepiece model, SD3's autoencoder and Qwen2.5-VL. The text encoder has
-random weights. Each part takes between seconds and two minutes on two CPU cores. `prepare` makes
+random weights. Each part takes between seconds and four minutes on two CPU cores. `prepare` makes
 the parts that a configuration has no path for.
 
 Run alone to make the three and view the autoencoder's reconstructions:
