@@ -14,6 +14,7 @@ import run_folder
 import train
 from checkpoint import Checkpoint, save
 from config import PRESETS, RunFiles, parse_arguments, parts_of, read_config
+from data import parse_weights
 from model import MMDiT
 from run_folder import (Features, Metrics, Skipped, allowed_skips, check_resume, describe_shapes,
                         describe_tasks, encode_in_chunks, every_nth_block, features_folder,
@@ -136,7 +137,9 @@ def test_shares_of_the_tasks(finished):
     dataset = load_tasks(config, parts, T5Tokenizer(parts.tokenizer))
     line = describe_tasks(dataset)
     assert line.startswith("tasks: ") and "not trained" not in line
-    assert "questions 17%" in line and "plan 5%" in line
+    weights = parse_weights(config.weights)
+    for task in ("questions", "plan"):
+        assert f"{task} {weights[task] / sum(weights.values()):.0%}" in line
     assert not unused_means(dataset, config)
     dataset.left_out.append("rest")
     other = replace(config, sigma_means="rest=0,*=1,poses=0,partials=-1")
