@@ -50,7 +50,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.ndim < 2:
                     raise ValueError(
-                        f"Muon is for matrices and convolutions, got a parameter of shape "
+                        "Muon is for matrices and convolutions, got a parameter of shape "
                         f"{tuple(p.shape)}")
 
     @torch.no_grad()

@@ -74,9 +74,9 @@ def fit(model: nn.Module, loss: Callable[[], Tensor], steps: int, lr: float, war
 
     muon_lr: the rate of Muon for all weights but vectors; 0: AdamW for all.
     """
-    parameters = list(model.parameters())
-    matrices = [p for p in parameters if muon_lr and p.ndim > 1]
-    others = [p for p in parameters if not muon_lr or p.ndim == 1]
+    matrices, others = [], []
+    for p in model.parameters():
+        (matrices if muon_lr and p.ndim > 1 else others).append(p)
     rates: dict[torch.optim.Optimizer, float] = {
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0): lr}
     if matrices:
@@ -84,7 +84,7 @@ def fit(model: nn.Module, loss: Callable[[], Tensor], steps: int, lr: float, war
     for step in tqdm(range(steps), desc=label, unit="step"):
         model.zero_grad()
         loss().backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, rate in rates.items():
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(1, (step + 1) / warmup) * (1 - step / steps)
