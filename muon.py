@@ -3,7 +3,7 @@
 Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. The steps are those of
 torch.optim.Muon. Matrices of one shape are made orthogonal together, in one batched product, which
 takes less than half the time of torch's product per matrix on two cores (experiments/LOG.md). The
-tiny preset trains the matrices of its blocks and its autoencoder's decoder with it.
+tiny preset trains the matrices of its blocks and its autoencoder with it.
 
 Run alone to see how the iteration changes singular values:   python muon.py
 """
