@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from arguments import read_prompts
 from checkpoint import note
 from config import Parts, RunFiles, TrainConfig, parts_of
 from data import Tasks, load_image, load_picture, to_pictures
@@ -22,7 +23,7 @@ from jobs import save_picture
 from model import MMDiT
 from records import Example, read_jsonl
 from run_folder import Frozen, append, read_until
-from sample import Pipeline, read_prompts
+from sample import Pipeline
 
 TILE = 128                                          # least side of a picture shown, in pixels
 COLUMNS = 10                                        # cases in a row

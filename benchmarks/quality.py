@@ -32,6 +32,7 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 import torch
 
+from arguments import add_flow_options, add_model_options
 from benchmarks.judge import GROUPS, judge
 from benchmarks.judge import table as score_table
 from benchmarks.vqa import answer_missing, read_questions, summarize, summary_lines
@@ -40,7 +41,7 @@ from data import load_picture, to_pictures
 from jobs import Job, draw_missing, load_source, readable, save_picture
 from ranks import explain, joined_ranks
 from records import find_file, origin_of, read_lines
-from sample import add_flow_options, add_model_options, change_settings, load_pipeline
+from sample import change_settings, load_pipeline
 
 
 # ---------------------------------------------------------------- items and names

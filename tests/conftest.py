@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import signal
 import struct
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""         # tests compare bit for bit: CPU only
+signal.signal(signal.SIGINT, signal.default_int_handler)    # ignored in a shell's background jobs
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS.parent))

@@ -14,8 +14,9 @@ from release import TRAIN_OPTIONS, write_release
 from safetensors import safe_open
 from test_train import torchrun
 
+from arguments import add_model_options
 from config import parse_arguments
-from sample import add_model_options, load_pipeline, main
+from sample import load_pipeline, main
 
 ROOT = Path(__file__).parent.parent
 SIZES = ["--sampling.image_size", "64", "--sampling.text_length", "32"]

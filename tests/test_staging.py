@@ -13,6 +13,7 @@ from torch import nn
 
 import sample
 import staging
+from arguments import add_model_options
 from checkpoint import Checkpoint, save
 from config import SampleSettings
 from jobs import Job, draw_missing
@@ -218,7 +219,7 @@ def test_a_tokenizer_of_another_text_encoder(release, tmp_path):
 
 def from_options(*options):
     parser = argparse.ArgumentParser()
-    sample.add_model_options(parser)
+    add_model_options(parser)
     return sample.load_pipeline(
         parser.parse_args([*options, "--image-size", "64", "--device", "cpu"]))
 
