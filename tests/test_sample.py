@@ -1,4 +1,4 @@
-"""sample.py: flow sampler against the reference, statistics of the text sampler, command line."""
+"""sample.py: flow sampler against the reference, statistics of the text sampler, the tasks."""
 import errno
 import io
 import json
@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import unicodedata
 from dataclasses import replace
@@ -954,38 +953,6 @@ def test_prompts_from_a_file(run, inside, capsys):
     assert [Image.open(name).text["prompt"] for name in names] == prompts
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ([], "give texts to draw"),
-    (["--image", "x.png"],
-     "give texts to draw, or one of --describe, --ask, --edit, --edits, --edges, --depth"),
-    (["a", "--edit", "b", "--image", "x.png"], "give texts to draw, or one of"),
-    (["a", "--image", "x.png"], "need --image, and nothing else takes it"),
-    (["--describe", "x.png", "--image", "x.png"], "nothing else takes it"),
-    (["--ask", "what?"], "--ask, --edit, --edges, --depth and --pose need --image"),
-    (["--edit", "a"], "need --image"),
-    (["--edges"], "need --image"),
-    (["--depth"], "need --image"),
-    (["--pose"], "need --image"),
-    (["--edges", "--depth", "--image", "x.png"], "--depth: not allowed with argument --edges"),
-    (["--pose", "--edit", "a", "--image", "x.png"], "--edit: not allowed with argument --pose"),
-    (["--ask", "what?", "--edit", "a", "--image", "x.png"],
-     "--edit: not allowed with argument --ask"),
-    (["--describe", "x.png", "--ask", "what?", "--image", "x.png"],
-     "--ask: not allowed with argument --describe"),
-    (["--ask", "what?", "--image", "x.png", "y.png"], "--ask looks at one picture, found 2"),
-    (["--edges", "--image", "x.png", "--image", "y.png"], "--edges looks at one picture, found 2"),
-    (["--edit", "a", "--image", "x.png", "y.png"], "no such picture: x.png, y.png"),
-    (["--describe", "x.png"], "no such picture: x.png"),
-    (["a", "--describe", "x.png"], "give texts to draw"),
-    (["--prompts", "none.txt"], "none.txt: no such file"),
-    (["a", "b", "--out", "x.png"], "one picture for 2 prompts"),
-    (["a", "--order", "backwards"], "--order"),
-    (["a", "--seed", "x"], "--seed"),
-])
-def test_impossible_command_lines(inside, capsys, arguments, words):
-    assert words in refused(arguments, capsys)
-
-
 @pytest.mark.parametrize("order", ["confidence", "ancestral"])
 def test_describe(run, inside, capsys, order):
     for name, level in (("a.png", 40), ("b.png", 220)):
@@ -1035,13 +1002,6 @@ def test_an_empty_plan_is_not_drawn(run, inside, monkeypatch):
     monkeypatch.setattr(Pipeline, "plan", lambda *_, **options: [""])
     message = stopped([BLUE, "--plan", "--run", str(run), "--out", "x.png"])
     assert "the plan of 'a small blue square' is empty" in message and not Path("x.png").exists()
-
-
-@pytest.mark.parametrize("arguments", [
-    ["--describe", "a.png"], ["--image", "a.png", "--edit", "a"],
-    ["a", "--save-embeddings", "e.safetensors"], ["a", "--embeddings", "e.safetensors"]])
-def test_plans_are_of_texts_to_draw(sources, arguments, capsys):
-    assert "--plan has an effect only on texts to draw" in refused([*arguments, "--plan"], capsys)
 
 
 # ---------------------------------------------------------------- editing
@@ -1113,31 +1073,6 @@ def test_many_edits_from_a_file_and_only_what_is_missing(run, sources, inside, c
     assert "0001.png: was drawn with another prompt" in stopped(command)
     write_edits({"image": "a.png", "instruction": "a red circle"})
     assert "0001.png: was drawn with other steps" in stopped([*command, "--steps", "1"])
-
-
-@pytest.mark.parametrize("line, words", [
-    ("[1]", "a JSON array"), ("{", "edits.jsonl, line 1: not valid JSON"),
-    ('{"image": "a.png"}', "line 1: 'instruction' is None, expected a text"),
-    ('{"image": "none.png", "instruction": "a"}', "line 1: no such picture: none.png"),
-    ('{"image": [], "instruction": "a"}', "line 1: 'image' is []"),
-    ('{"image": "a.png", "instruction": "a", "seed": 1.5}', "'seed' is 1.5, expected an integer"),
-    ('{"image": "a.png", "instruction": "a", "name": "../x.png"}', "'name' is '../x.png'"),
-    ('{"image": "a.png", "instruction": "a", "name": "x.jpg"}', "expected the name of a .png"),
-    ('{"image": "a.png", "instruction": "a", "out": "x.png"}', "unknown key 'out', expected image"),
-    ('{"image": "a.png", "instruction": "a", "name": "a.png"}', "is the picture to edit"),
-    ('\n{"image": "a.png", "instruction": "a"}\n{"image": "b.png", "instruction": "a", '
-     '"name": "0002.png"}', "line 3: another line has the name 0002.png already"),
-])
-def test_edits_that_cannot_be_drawn(sources, capsys, line, words):
-    Path("edits.jsonl").write_text(line)
-    assert words in refused(["--edits", "edits.jsonl", "--run", "none", "--out", "."], capsys)
-
-
-def test_edits_need_a_folder(sources, capsys):
-    write_edits({"image": "a.png", "instruction": "a"})
-    message = refused(["--edits", "edits.jsonl", "--out", "x.png"], capsys)
-    assert "--out x.png: --edits needs a folder" in message
-    assert "edits.jsonl: no such file" in refused(["--edits", "no/edits.jsonl"], capsys)
 
 
 def test_a_dialogue_on_the_command_line(run, sources, capsys):
@@ -1256,40 +1191,7 @@ def test_latents_of_a_film_are_decoded_few_at_a_time(run, inside, monkeypatch):
     assert stages[-1] == ("vae",)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["a", "--film", "film"], "--film film: films are written as .gif; name a .gif file"),
-    (["a", "--film", "film.png"], "films are written as .gif"),
-    (["a", "b", "--film", "film.gif"], "--film shows one picture or text, found 2"),
-    (["--prompts", "two.txt", "--film", "film.gif"], "found 2"),
-    (["--describe", "a.png", "b.png", "--film", "film.gif"], "found 2"),
-    (["--image", "a.png", "--ask", "a", "--ask", "b", "--film", "film.gif"], "found 2"),
-    (["--image", "a.png", "--edit", "a", "--edit", "b", "--film", "film.gif"], "found 2"),
-    (["--edits", "edits.jsonl", "--film", "film.gif"], "--film has an effect only on one picture"),
-    (["a", "--film", "mine.gif"], "mine.gif exists; nothing is overwritten, choose another name"),
-    (["a", "--film", "b.gif"], "--film b.gif writes b.gif and b.png: b.png exists"),
-    (["a", "--out", "c.png", "--film", "c.gif"], "c.png is the picture to draw"),
-    (["a", "--film", "pictures/0001.gif"], "pictures/0001.png is the picture to draw"),
-    (["a", "--film", "mine.gif/film.gif"], "--film mine.gif/film.gif: cannot be written")])
-def test_films_that_cannot_be_made(sources, inside, capsys, arguments, words):
-    (inside / "mine.gif").write_text("mine")
-    (inside / "two.txt").write_text("a\nb\n")
-    (inside / "edits.jsonl").write_text('{"image": "a.png", "instruction": "b"}\n')
-    assert words in refused(arguments, capsys)
-    assert (inside / "mine.gif").read_text() == "mine" and len(list(inside.iterdir())) == 5
-
-
 # ---------------------------------------------------------------- help, errors and warnings
-
-def test_help_has_an_example_of_every_task(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    printed = capsys.readouterr().out.splitlines()
-    lines = [line for line in printed if line.strip().startswith("python sample.py")]
-    for words in ('sample.py "', "--describe", "--ask", "--edit", "--image a.png b.png --edit",
-                  "--edges", "--depth", "--pose", "--prompts", "--film", "--model"):
-        assert any(words in line for line in lines), words
-    assert any(line.count("--edit") == 2 for line in lines)
-
 
 def test_missing_run(inside):
     message = stopped([PROMPT, "--run", "runs/none"])
@@ -1595,32 +1497,6 @@ def test_image_guidance_out_of_range(sources):
     assert "--image-guidance = nan" in stopped([*edit, "nan"])
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["a", "--image-size", "64"], "--image-size has an effect only with --model"),
-    (["a", "--run", "r", "--padding-id", "1"], "--padding-id has an effect only with --model"),
-    (["a", "--vae", "x"], "--vae has an effect only with --model"),
-    (["a", "--run", "r", "--model", "x", "--tokenizer", "y"],
-     "--run has an effect only without --model"),
-    (["a", "--order", "left"], "--order has an effect only on --describe and --ask"),
-    (["a", "--temperature", "0"], "--temperature has an effect only on --describe and --ask"),
-    (["--edges", "--image", "a.png", "--order", "left"], "--order has an effect only on"),
-    (["--describe", "a.png", "--out", "x"], "--out has an effect only where pictures are drawn"),
-    (["--describe", "a.png", "--guidance", "2"], "--guidance has an effect only where"),
-    (["--ask", "a", "--image", "a.png", "--image-guidance", "2"], "--image-guidance has an effect"),
-    (["a", "--image-guidance", "2"], "--image-guidance has an effect only where pictures are ed"),
-    (["--describe", "a.png", "--negative", "b"], "--negative has an effect only where pictures"),
-    (["--describe", "a.png", "--dialogue"], "--dialogue has an effect only on --ask"),
-    (["--describe", "a.png", "--block", "4"], "--block has an effect only with --order confidence"),
-    (["a", "--save-embeddings", "x", "--t5", "y", "--tokenizer", "y", "--film", "a.gif"],
-     "--film has an effect only without --save-embeddings"),
-    (["--describe", "a.png", "--end-last"], "--end-last has an effect only with --order conf"),
-    (["--prompt", "a"], "unrecognized arguments: --prompt"),
-    (["a", "--seed", "1.5"], "--seed"), (["a", "--steps", "nan"], "--steps"),
-    (["a", "--padding-id", "2"], "--padding-id")])
-def test_options_without_effect(sources, capsys, arguments, words):
-    assert words in refused(arguments, capsys)
-
-
 @pytest.mark.parametrize("seed", [-1, -2 ** 80, 2 ** 63, 2 ** 64 - 3, 10 ** 40])
 def test_any_integer_is_a_seed(run, sources, seed, capsys):
     main([PROMPT, BLUE, "--run", str(run), "--steps", "1", f"--seed={seed}"])
@@ -1628,30 +1504,6 @@ def test_any_integer_is_a_seed(run, sources, seed, capsys):
     assert np.abs(pixels("pictures/0001.png") - to_pictures(within)[0]).max() <= 1
     assert settings_of("pictures/0002.png")["seed"] == seed + 1
     main(["--describe", "a.png", "--run", str(run), "--temperature", "1", f"--seed={seed}"])
-
-
-@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", "mps", "hpu", "xla", ""])
-def test_a_device_that_is_not_there(inside, capsys, device):
-    if device == "mps" and torch.backends.mps.is_available():
-        pytest.skip("this machine has one")
-    message = refused([PROMPT, "--run", "none", "--device", device], capsys)
-    assert f"--device {device}: not available" in message and len(message) < 300
-
-
-@pytest.mark.parametrize("out", ["file/sub", "file", "file/x.png", "n" * 300, "/proc/no/x.png"])
-def test_an_out_that_cannot_be_written(inside, capsys, out):
-    (inside / "file").write_text("mine")
-    message = refused([PROMPT, "--run", "none", "--out", out], capsys)
-    assert f"--out {out}: cannot be written" in message
-    assert [f.name for f in inside.iterdir()] == ["file"]
-
-
-def test_an_out_without_permission(inside, capsys, monkeypatch):
-    def refuse(dir):
-        raise PermissionError(errno.EACCES, "Permission denied", str(dir))
-    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    message = refused([PROMPT, "--run", "none", "--out", "deep/er"], capsys)
-    assert "Permission denied" in message and not list(inside.iterdir())
 
 
 def test_an_image_size_beyond_the_positions(run, inside):
@@ -1684,29 +1536,6 @@ def test_a_line_separator_within_a_prompt(run, inside):
     (inside / "prompts.txt").write_bytes("a red\u2028circle\n".encode())
     main(["--prompts", "prompts.txt", "--run", str(run), "--steps", "1"])
     assert Image.open("pictures/0001.png").text["prompt"] == "a red\u2028circle"
-
-
-@pytest.mark.parametrize("content, words", [
-    (PROMPT.encode("utf-16"), "not UTF-8 text"), (PROMPT.encode("utf-16-le"), "holds zero bytes"),
-    ("ein r\u00f6tlicher Kreis".encode("latin-1"), "not UTF-8 text"),
-    (b"", "holds no prompt"), (b"\xef\xbb\xbf \r\n\n", "holds no prompt"),
-    (None, "is a directory")])
-def test_files_without_prompts(inside, capsys, content, words):
-    if content is None:
-        (inside / "prompts.txt").mkdir()
-    else:
-        (inside / "prompts.txt").write_bytes(content)
-    message = refused(["a", "--prompts", "prompts.txt", "--run", "none"], capsys)
-    assert f"prompts.txt: {words}" in message
-
-
-@pytest.mark.parametrize("option", ["", "--ask=", "--edit="])
-def test_a_text_that_is_not_utf8(sources, capsys, option):
-    """The command line holds bytes that are not UTF-8 as half surrogate pairs."""
-    text = b"ein r\xf6tlicher Kreis".decode("utf-8", "surrogateescape")
-    image = ["--image", "a.png"] if option else []
-    message = refused([option + text, *image, "--run", "none"], capsys)
-    assert r"the text 'ein r\udcf6tlicher Kreis' is not UTF-8" in message
 
 
 def test_an_empty_prompt_is_drawn_with_a_warning(run, inside, capsys):
