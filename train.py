@@ -60,13 +60,25 @@ def learning_rate_scale(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW; with muon_lr also Muon, for the matrices of the blocks except modulation."""
-    matrices, others = [], []
+    """AdamW; with muon_lr also Muon, for the matrices of the blocks except modulation.
+
+    modulation_lr: AdamW moves each weight by about its learning rate, and a modulation sums over as
+    many weights as the model is wide, so at a high rate a few steps change it by more than one. The
+    model then learns to ignore the timestep, or its residual streams grow beyond use.
+    """
+    matrices, modulations, others = [], [], []
     for name, parameter in model.named_parameters():
-        is_matrix = name.startswith("blocks.") and parameter.ndim == 2 and "modulation" not in name
-        (matrices if is_matrix and config.muon_lr else others).append(parameter)
+        is_modulation = "modulation" in name or "time_embed" in name
+        is_matrix = name.startswith("blocks.") and parameter.ndim == 2 and not is_modulation
+        if is_matrix and config.muon_lr:
+            matrices.append(parameter)
+        else:
+            (modulations if is_modulation and config.modulation_lr else others).append(parameter)
+    groups = [{"params": others}]
+    if modulations:
+        groups.append({"params": modulations, "lr": config.modulation_lr})
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
-        others, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay,
+        groups, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay,
         fused=True)]
     if matrices:
         optimizers.append(Muon(matrices, config.muon_lr, every=config.muon_every))

@@ -681,14 +681,24 @@ def test_average_of_every_step_and_of_every_fourth(every):
     torch.testing.assert_close(end, start * 0.98 ** 40, rtol=1e-3, atol=1e-6)
 
 
-def test_muon_gets_the_matrices_of_the_blocks():
+def test_each_parameter_has_one_optimizer_and_rate():
     model = MMDiT(MMDiTConfig(
         width=32, depth=1, num_heads=2, text_dim=16, vocab_size=50, position_table=4))
-    optimizers = adamw, muon = train.make_optimizers(model, PRESETS["tiny"])
-    matrices = muon.param_groups[0]["params"]
-    assert len(matrices) == 8 and all(p.ndim == 2 for p in matrices)
-    counts = [len(optimizer.param_groups[0]["params"]) for optimizer in optimizers]
-    assert sum(counts) == len(list(model.parameters()))
+    names = {p: name for name, p in model.named_parameters()}
+    config = PRESETS["tiny"]
+    adamw, muon = train.make_optimizers(model, config)
+    others, modulations = adamw.param_groups
+    [matrices] = muon.param_groups
+    assert len(matrices["params"]) == 8 and all(p.ndim == 2 for p in matrices["params"])
+    slow = {names[p].rpartition(".")[0] for p in modulations["params"]}
+    assert slow == {"time_embed.0", "time_embed.2", "blocks.0.image.modulation",
+                    "blocks.0.text.modulation", "image_modulation"}
+    rates = [group["base_lr"] for group in (others, modulations, matrices)]
+    assert rates == [config.lr, config.modulation_lr, config.muon_lr]
+    optimized = [p for group in (others, modulations, matrices) for p in group["params"]]
+    assert len(optimized) == len(set(optimized)) == len(names)
+    [alone] = train.make_optimizers(model, replace(config, modulation_lr=0.0, muon_lr=0.0))
+    assert [names[p] for p in alone.param_groups[0]["params"]] == list(names.values())
 
 
 # ---------------------------------------------------------------- the main job
