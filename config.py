@@ -150,7 +150,8 @@ class TrainConfig:
     accumulation: int = option(4, "micro batches per step", least=1)
     lr: float = option(3e-5, "learning rate of AdamW", above=0, below=math.inf)
     modulation_lr: float = option(
-        0.0, "AdamW's learning rate for the timestep's embedding and modulations; 0: that of --lr",
+        0.0, "AdamW's learning rate for the timestep's embedding and the weights, not biases, of "
+        "the modulations; 0: that of --lr",
         least=0, below=math.inf)
     muon_lr: float = option(
         0.0, "learning rate of Muon for the blocks' matrices; 0: AdamW for all",
@@ -242,7 +243,7 @@ TINY = TrainConfig(
         text_steps=16),
     train_scenes=30_000, test_scenes=510, vae_steps=5000, teacher_steps=400,
     steps=45_000, batch_size=16, accumulation=1,
-    lr=5e-3, modulation_lr=5e-4, muon_lr=0.025, muon_every=4, weight_decay=0.0, beta2=0.95,
+    lr=5e-3, modulation_lr=1.5e-4, muon_lr=0.025, muon_every=4, weight_decay=0.0, beta2=0.95,
     warmup=100, decay=True, clip=1.0, ema=0.998, ema_every=4,
     sigma_mean=1.4, sigma_means="partial=0.2", text_weight=0.5, answer_weight=1.0, align_depth=2,
     cache_latents=True, workers=0, log_every=50, sample_every=2000)

@@ -64,11 +64,12 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
 
     modulation_lr: AdamW moves each weight by about its learning rate, and a modulation sums over as
     many weights as the model is wide, so at a high rate a few steps change it by more than one. The
-    model then learns to ignore the timestep, or its residual streams grow beyond use.
+    model then learns to ignore the timestep, or its residual streams grow beyond use. The biases,
+    which open the gates, keep the high rate.
     """
     matrices, modulations, others = [], [], []
     for name, parameter in model.named_parameters():
-        is_modulation = "modulation" in name or "time_embed" in name
+        is_modulation = "modulation.weight" in name or "time_embed" in name
         is_matrix = name.startswith("blocks.") and parameter.ndim == 2 and not is_modulation
         if is_matrix and config.muon_lr:
             matrices.append(parameter)

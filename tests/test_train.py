@@ -690,9 +690,10 @@ def test_each_parameter_has_one_optimizer_and_rate():
     others, modulations = adamw.param_groups
     [matrices] = muon.param_groups
     assert len(matrices["params"]) == 8 and all(p.ndim == 2 for p in matrices["params"])
-    slow = {names[p].rpartition(".")[0] for p in modulations["params"]}
-    assert slow == {"time_embed.0", "time_embed.2", "blocks.0.image.modulation",
-                    "blocks.0.text.modulation", "image_modulation"}
+    slow = {names[p] for p in modulations["params"]}
+    assert slow == {"time_embed.0.weight", "time_embed.0.bias", "time_embed.2.weight",
+                    "time_embed.2.bias", "blocks.0.image.modulation.weight",
+                    "blocks.0.text.modulation.weight", "image_modulation.weight"}
     rates = [group["base_lr"] for group in (others, modulations, matrices)]
     assert rates == [config.lr, config.modulation_lr, config.muon_lr]
     optimized = [p for group in (others, modulations, matrices) for p in group["params"]]
