@@ -73,8 +73,10 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
         is_matrix = name.startswith("blocks.") and parameter.ndim == 2 and not is_modulation
         if is_matrix and config.muon_lr:
             matrices.append(parameter)
+        elif is_modulation and config.modulation_lr:
+            modulations.append(parameter)
         else:
-            (modulations if is_modulation and config.modulation_lr else others).append(parameter)
+            others.append(parameter)
     groups = [{"params": others}]
     if modulations:
         groups.append({"params": modulations, "lr": config.modulation_lr})

@@ -82,6 +82,23 @@ LOOP = STEPS + ("--model.width 32 --model.depth 2 --model.num_heads 2 --model.te
 QUICK = LOOP + "--vae.block_channels 16 --text_encoder.dim 32".split()
 
 
+@pytest.fixture
+def inside(tmp_path, monkeypatch):
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(arguments, capsys) -> str:
+    """The message with which sample.py refuses its command line, before any model is loaded."""
+    from sample import main
+
+    with pytest.raises(SystemExit) as exit:
+        main([*map(str, arguments)])
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> Path:
     """A quick run from scratch to its report. Read only: several files of tests share it."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import refused
 from PIL import Image
 
 from sample import main
@@ -13,26 +14,11 @@ PROMPT = "a red circle"
 
 
 @pytest.fixture
-def inside(tmp_path, monkeypatch):
-    """An empty working folder."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def sources(inside):
     """A working folder with two pictures, a.png and b.png."""
     for name in ("a.png", "b.png"):
         Image.new("RGB", (32, 32)).save(inside / name)
     return inside
-
-
-def refused(arguments, capsys):
-    """The message with which the command line is refused before any model is loaded."""
-    with pytest.raises(SystemExit) as exit:
-        main(arguments)
-    assert exit.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, words", [

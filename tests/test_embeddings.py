@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from PIL import Image
 from release import write_release
 from safetensors import safe_open
@@ -13,6 +14,8 @@ import sample
 from checkpoint import save
 from embeddings import Embeddings, Request, save_embeddings
 from sample import main
+
+pytestmark = pytest.mark.usefixtures("inside")
 
 
 def made(path):
@@ -68,12 +71,6 @@ def release(tmp_path_factory):
     folder = tmp_path_factory.mktemp("release")
     write_release(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def inside(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def t5_of(release):
@@ -155,19 +152,12 @@ def test_plain_sd3_pads_otherwise(release):
     assert not torch.equal(*texts) and dual.negative and not sd3.negative
 
 
-def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as exit:
-        main([*map(str, arguments)])
-    assert exit.value.code == 2
-    return capsys.readouterr().err
-
-
 def test_options_without_effect(release, capsys, inside):
     (inside / "e.safetensors").write_bytes(b"mine")
     assert "e.safetensors exists; nothing is overwritten" in refused(
-        capsys, "a", "--save-embeddings", "e.safetensors", *t5_of(release))
+        ["a", "--save-embeddings", "e.safetensors", *t5_of(release)], capsys)
     assert "not a whole safetensors file" in refused(
-        capsys, "--embeddings", "e.safetensors", *model_of(release))
+        ["--embeddings", "e.safetensors", *model_of(release)], capsys)
     made(inside / "f.safetensors")
     for options, words in (
             (["--embeddings", "f.safetensors", "--model", "m", "--t5", "t"],
@@ -176,7 +166,7 @@ def test_options_without_effect(release, capsys, inside):
              "--out has an effect only without --save-embeddings"),
             (["--describe", str(release / "pictures" / "square.png"), "--embeddings",
               "f.safetensors"], "--embeddings has an effect only where pictures are drawn")):
-        assert words in refused(capsys, *options)
+        assert words in refused(options, capsys)
 
 
 def test_embeddings_of_another_width(release, inside):

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import golden
+from conftest import golden, refused
 from PIL import Image
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceTrainer
@@ -866,27 +866,12 @@ def test_the_newest_checkpoint_is_taken(run, tmp_path):
 
 # ---------------------------------------------------------------- command line
 
-@pytest.fixture
-def inside(tmp_path, monkeypatch):
-    """An empty working folder."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
 def settings_of(path):
     return json.loads(Image.open(path).text["settings"])
-
-
-def refused(arguments, capsys):
-    """The message with which the command line is refused before any model is loaded."""
-    with pytest.raises(SystemExit) as exit:
-        main(arguments)
-    assert exit.value.code == 2
-    return capsys.readouterr().err
 
 
 def stopped(arguments):
