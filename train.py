@@ -17,7 +17,6 @@ import contextlib
 import ctypes
 import math
 import multiprocessing
-import os
 import signal
 import sys
 import time
