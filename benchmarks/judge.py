@@ -330,7 +330,7 @@ def ask_all(server: Endpoint, questions: dict[Item, str], workers: int,
     Raises ValueError if the server refuses a request, TimeoutError if it falls silent.
     """
     wanted: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
-    answers: queue.SimpleQueue[tuple[Item, Verdict | Exception]] = queue.SimpleQueue()
+    answers: list[tuple[Item, Verdict | Exception]] = []
     for item in (*questions, *[None] * workers):                # None ends a thread
         wanted.put(item)
 
@@ -339,34 +339,33 @@ def ask_all(server: Endpoint, questions: dict[Item, str], workers: int,
             if server.stop.is_set():
                 return
             try:
-                answers.put((item, server.ask(item, questions[item])))
+                answers.append((item, server.ask(item, questions[item])))
             except Exception as error:                          # raised again below
                 if not isinstance(error, TimeoutError):
                     server.stop.set()                           # no thread asks anything else
-                answers.put((item, error))
+                answers.append((item, error))
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
-    left, silent = len(questions), 0
+    recorded = silent = 0
     try:
         for thread in threads:
             thread.start()
-        while left:
-            try:
-                item, answer = answers.get(timeout=0.2)         # Windows lets Ctrl-C end no wait
-            except queue.Empty:
+        while recorded < len(questions):
+            if recorded == len(answers):
+                time.sleep(0.02)
                 continue
+            item, answer = answers[recorded]
             silent = silent + 1 if isinstance(answer, TimeoutError) else 0
             if isinstance(answer, Exception) and silent in (0, SILENT):
                 raise answer
             record(item, Verdict(None, None, str(answer)) if silent else answer)
-            left -= 1
+            recorded += 1               # last, so that Ctrl-C within `record` loses nothing
     finally:
         server.stop.set()
         end = time.monotonic() + GRACE
         for thread in threads:
             thread.join(max(0, end - time.monotonic()))
-        while not answers.empty():
-            item, answer = answers.get()
+        for item, answer in answers[recorded:]:
             if isinstance(answer, Verdict):
                 record(item, answer)
 

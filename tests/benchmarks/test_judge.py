@@ -2,6 +2,7 @@
 import base64
 import collections
 import csv
+import itertools
 import json
 import math
 import os
@@ -356,6 +357,20 @@ def test_ctrl_c_ends_soon_and_the_next_run_goes_on(out, server, capsys):
     assert len(rows_of(out, "t2i_complex")) == 2 and rows_of(out, "edit_multi") == []
     ask(out, server)
     assert server.counts == ALL | {"edit_multi 0": 2}
+
+
+def test_ctrl_c_while_a_verdict_is_written_loses_nothing(out, server, monkeypatch):
+    append, calls = judge_file.append, itertools.count()
+
+    def interrupted(path, text):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        append(path, text)
+
+    monkeypatch.setattr(judge_file, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ask(out, server, workers=1)
+    assert len((out / "verdicts.jsonl").read_text().splitlines()) == server.counts.total() >= 3
 
 
 def test_a_finished_run_asks_nothing(out, server, capsys):
