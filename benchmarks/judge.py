@@ -352,7 +352,7 @@ def ask_all(server: Endpoint, questions: dict[Item, str], workers: int,
             thread.start()
         while recorded < len(questions):
             if recorded == len(answers):
-                time.sleep(0.02)
+                time.sleep(0.02)        # no wait for an answer: on Windows Ctrl-C ends none
                 continue
             item, answer = answers[recorded]
             silent = silent + 1 if isinstance(answer, TimeoutError) else 0
